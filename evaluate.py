@@ -1,0 +1,220 @@
+"""Score a fine-tuned adapter on the rows it was trained on and on those held out.
+
+python evaluate.py --adapters_name Llama-2-13b-chat-hf-epoch10
+python evaluate.py --adapters_name smollm2-epoch5 --decoding sample greedy --split validation
+"""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
+
+import modeling
+from command_line import (
+    CommandParser,
+    UserError,
+    hub_errors,
+    one_line_errors,
+    positive_float,
+    positive_int,
+    replacing,
+    seed,
+)
+from metrics import classification_metrics, confusion_counts
+from prompts import answer_ids, encode_rows, parse_answer, task_from_fields
+from reports import draw_confusion_matrices, results_table
+from rows import read_splits
+
+MODELS = Path("models")
+
+
+def build_parser():
+    parser = CommandParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--adapters_name", required=True, help="a name under models/, an adapter's folder, or an adapter on the Hub"
+    )
+    parser.add_argument(
+        "--decoding", nargs="+", choices=("sample", "greedy"), default=["sample"], help="how answers are generated"
+    )
+    parser.add_argument("--temperature", type=positive_float, default=0.8, help="of --decoding sample")
+    parser.add_argument(
+        "--seed", type=seed, default=42, help="of --decoding sample; each row draws from its own stream"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="rows a batch; does not change the answers")
+    parser.add_argument(
+        "--split", nargs="+", choices=("train", "validation"), default=["train", "validation"], help="rows to score"
+    )
+    parser.add_argument("--base_only", action="store_true", help="score the base model without the adapter")
+    return parser
+
+
+def find_adapter(adapters_name):
+    """Return (the adapter's folder, where its evaluation goes) for a name under models/, a folder or a Hub adapter."""
+    folder = MODELS / adapters_name
+    if not folder.is_dir():
+        folder = Path(adapters_name)
+    if folder.is_dir():
+        return folder, folder / "evaluation"
+    if adapters_name.count("/") != 1 or adapters_name.startswith((".", "/")):
+        names = sorted(path.parent.name for path in MODELS.glob("[!.]*/run.json"))
+        known = f"models/ has {', '.join(names)}" if names else "models/ has none"
+        raise UserError(f"--adapters_name {adapters_name}: no such adapter in models/ and no such folder; {known}")
+    with hub_errors(adapters_name, "adapter"):
+        folder = Path(snapshot_download(adapters_name))
+    return folder, MODELS / adapters_name.split("/")[-1] / "evaluation"
+
+
+def read_run(folder):
+    """Return the dict of the adapter's run.json."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; train.py writes it, and without it the data and the prompt are not known")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not JSON ({error}); train the adapter again") from error
+
+
+def read_rows(run, task, splits_wanted):
+    """Return {split: rows} as train.py had them; raise UserError where the data are no longer the same."""
+    splits = read_splits(run["data"]["dataset_name"], task)
+    if splits.fingerprint() != run["data"]["fingerprint"]:
+        raise UserError(
+            f"{run['data']['dataset_name']}: its rows are no longer those that the adapter was trained with, so train "
+            "and validation rows could be mixed up; restore them or train again"
+        )
+    return {split: getattr(splits, split) for split in ("train", "validation") if split in splits_wanted}
+
+
+class RowSampler(LogitsProcessor):
+    """Turns greedy decoding into sampling at `temperature`, each row with random numbers of its own.
+
+    Adds Gumbel noise to the scaled scores: the largest is then a draw from their softmax (the Gumbel-max trick,
+    Maddison et al. 2014, arXiv:1411.0030). A row's numbers come from (seed, split, row) alone, so its answer depends
+    neither on the batch size nor on the rows beside it.
+    """
+
+    def __init__(self, temperature, streams):
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(random.Random(stream).getrandbits(63)) for stream in streams]
+
+    def __call__(self, input_ids, scores):
+        """Return scores of shape (rows, vocabulary) whose argmax is the sample."""
+        shape = scores.shape[-1]
+        uniform = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in self.generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
+        return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
+
+
+@torch.inference_mode()
+def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, sampler=None, description="generate"):
+    """Return the texts that `model` generates after each of `prompts` (lists of ids), in their order.
+
+    Stops at EOS and after `max_new_tokens`. `sampler(positions)` returns the RowSampler of a batch; without it decoding
+    is greedy. Batches hold prompts of like length, padded on the left.
+    """
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
+    outputs = [None] * len(prompts)
+    with tqdm(total=len(prompts), desc=description, unit="row") as progress:
+        for start in range(0, len(order), batch_size):
+            positions = order[start : start + batch_size]
+            batch = tokenizer.pad(
+                {"input_ids": [prompts[position] for position in positions]}, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            processors = [sampler(positions)] if sampler else None
+            ids = model.generate(**batch, generation_config=config, logits_processor=processors)
+            texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for position, text in zip(positions, texts, strict=True):
+                outputs[position] = text
+            progress.update(len(positions))
+    return outputs
+
+
+def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding):
+    """Return a DataFrame of predictions for one split: split, row, sentence, label_text, prediction, output."""
+    encoded, _ = encode_rows(tokenizer, task, rows, run["options"]["max_seq_length"])
+
+    def sampler(positions):
+        return RowSampler(args.temperature, [f"{args.seed} {split} {position}" for position in positions])
+
+    outputs = generate_outputs(
+        model,
+        tokenizer,
+        [row["prompt_ids"] for row in encoded],
+        max_new_tokens=max(len(answer_ids(tokenizer, label)) for label in task.labels),
+        batch_size=args.batch_size,
+        sampler=sampler if decoding == "sample" else None,
+        description=f"{decoding} {split}",
+    )
+    table = rows.to_pandas()
+    table.insert(0, "split", split)
+    table["prediction"] = [parse_answer(task, output) for output in outputs]
+    table["output"] = outputs
+    return table
+
+
+def score(task, predictions):
+    """Return {split: metrics} and {split: confusion counts} of a predictions DataFrame."""
+    metrics, counts = {}, {}
+    for split, table in predictions.groupby("split", sort=False):
+        predicted = [label if isinstance(label, str) else None for label in table["prediction"]]
+        metrics[split] = classification_metrics(task.labels, table["label_text"], predicted)
+        counts[split] = confusion_counts(task.labels, table["label_text"], predicted)
+    return metrics, counts
+
+
+def write_results(folder, task, predictions, metrics, counts, settings):
+    """Write metrics.json, predictions.csv, confusion_matrix.png and settings.json; `folder` is replaced whole."""
+    with replacing(folder) as part:
+        part.mkdir()
+        (part / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        predictions.to_csv(part / "predictions.csv", index=False)
+        draw_confusion_matrices(task.labels, counts, part / "confusion_matrix.png")
+        (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    folder, evaluation = find_adapter(args.adapters_name)
+    run = read_run(folder)
+    task = task_from_fields(run["task"], folder / "run.json")
+    rows = read_rows(run, task, args.split)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = modeling.load_base_model(run["base_model"]["name"], run["base_model"]["revision"])
+    if not args.base_only:
+        model = modeling.load_adapter(model, folder)
+    results, folders = {}, []
+    for decoding in dict.fromkeys(args.decoding):
+        start = time.perf_counter()
+        tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in rows]
+        predictions = pd.concat(tables)
+        results[decoding], counts = score(task, predictions)
+        settings = vars(args) | {
+            "decoding": decoding,
+            "device": modeling.device_name(),
+            "versions": modeling.library_versions(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
+        }
+        folders.append(evaluation / f"{'base-' if args.base_only else ''}{decoding}")
+        write_results(folders[-1], task, predictions, results[decoding], counts, settings)
+    print(results_table(results))
+    print(f"metrics.json, predictions.csv and confusion_matrix.png: {', '.join(map(str, folders))}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
