@@ -131,9 +131,9 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
     with tqdm(total=len(prompts), desc=description, unit="row") as progress:
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
-            batch = tokenizer.pad(
-                {"input_ids": [prompts[position] for position in positions]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
+            batch = tokenizer.pad({"input_ids": [prompts[position] for position in positions]}, return_tensors="pt").to(
+                model.device
+            )
             processors = [sampler(positions)] if sampler else None
             ids = model.generate(**batch, generation_config=config, logits_processor=processors)
             texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

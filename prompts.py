@@ -286,7 +286,8 @@ def prompt_budget(tokenizer, task, max_seq_length):
     """Return how many tokens a prompt may have so that it and ANY of the task's labels fit `max_seq_length`.
 
     Room is kept for the longest label whatever a row's own label is: a prompt that depended on it would give the
-    answer away, and would differ between training and inference. Raises UserError where not even an empty sentence fits.
+    answer away, and would differ between training and inference. Raises UserError where not even an empty sentence
+    fits.
     """
     longest_answer = max(len(answer_ids(tokenizer, label)) for label in task.labels)
     needed = len(prompt_ids(tokenizer, task, "")) + longest_answer

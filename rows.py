@@ -70,16 +70,24 @@ def read_splits(dataset_name, task):
 
     Separate splits stay as they are. Where there is no validation split, or it repeats the train rows as in the
     published Politosphere sets, the train rows are cut with `train_test_split(test_size=0.2, shuffle=True, seed=42)`.
-    Rows that both of two different splits hold are dropped from train. Raises UserError for data that cannot be used.
+    A sentence never stands on both sides: of equal ones the first stays before a cut, and a train row with a sentence
+    of a separate validation split is dropped. Raises UserError for data that cannot be used.
     """
     found = _load(dataset_name)
     notes = []
-    rows = {split: _check(records, task, notes) for split, records in found.items()}
+    for split, records in found.items():
+        if not records:
+            raise UserError(f"{dataset_name}: its split {split} has no rows")
+    rows = {split: check_records(records, task, notes) for split, records in found.items()}
     validation = rows.get("validation")
     if validation is None or _repeats(rows["train"], validation):
-        if len(rows["train"]) < 2:
-            raise UserError(f"{dataset_name}: {len(rows['train'])} row cannot be split into train and validation")
-        cut = _dataset(rows["train"]).train_test_split(test_size=TEST_SIZE, shuffle=True, seed=SPLIT_SEED)
+        first = {row["sentence"].strip(): row for row in reversed(rows["train"])}
+        distinct = [row for row in rows["train"] if first[row["sentence"].strip()] is row]
+        if len(distinct) < 2:
+            raise UserError(f"{dataset_name}: {len(distinct)} row cannot be split into train and validation")
+        if len(distinct) < len(rows["train"]):
+            notes.append(f"{len(rows['train']) - len(distinct)} rows left out: their sentences stand in an earlier row")
+        cut = _dataset(distinct).train_test_split(test_size=TEST_SIZE, shuffle=True, seed=SPLIT_SEED)
         return Splits(cut["train"], cut["test"], tuple(notes))
     held_out = {row["sentence"].strip() for row in validation}
     train = [row for row in rows["train"] if row["sentence"].strip() not in held_out]
@@ -98,9 +106,9 @@ def _load(dataset_name):
     if (path / "train.jsonl").is_file():
         files = {split: path / f"{split}.jsonl" for split in ("train", "validation")}
         return {split: _numbered(file) for split, file in files.items() if file.is_file()}
-    if path.suffix in (".json", ".jsonl") or path.is_absolute() or dataset_name.startswith("."):
-        if not path.exists():
-            raise UserError(f"--dataset_name {dataset_name}: no such file or folder")
+    looks_local = path.suffix in (".json", ".jsonl") or path.is_absolute() or dataset_name.startswith(".")
+    if looks_local and not path.exists():
+        raise UserError(f"--dataset_name {dataset_name}: no such file or folder")
     with hub_errors(dataset_name, "data set"):
         loaded = datasets.load_dataset(dataset_name)
     if "train" not in loaded:
@@ -116,10 +124,12 @@ def _numbered(file):
     return [(f"{file} line {number}", record) for number, record, _ in read_json_lines(file)]
 
 
-def _check(records, task, notes):
-    """Return the rows of `records`; raise one UserError for all bad ones (the first ten and a count)."""
-    if not records:
-        raise UserError("the data set has a split with no rows")
+def check_records(records, task, notes):
+    """Return the rows (dicts of row, sentence and label_text) of `records`, which are pairs of place and dict.
+
+    The label gets the task's spelling; of a `text` in the published template only the sentence stays. Adds to the list
+    `notes` what is worth printing. Raises one UserError for all bad rows: the first ten, by their places, and a count.
+    """
     rows, problems, other_prompts = [], [], 0
     for number, (place, record) in enumerate(records):
         sentence, label, problem, other_prompt = _read_record(record, task)

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import modeling
@@ -175,20 +175,24 @@ class AnswerLossTrainer(SFTTrainer):
     """TRL's SFTTrainer with the loss computed at the answers' positions alone.
 
     Its own loss projects every position onto the vocabulary where there is no Triton: on a CPU, half of a step's time
-    goes into logits of prompt tokens that nobody asked for.
+    goes into logits of prompt tokens that nobody asked for. Batches are padded on the left, so the answers of all rows
+    stand in the same last columns.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
         labels = inputs["labels"][:, 1:]  # the logits at position i are those of token i + 1
-        positions = (labels != -100).any(dim=0).nonzero().flatten()
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**rest, logits_to_keep=positions, use_cache=False)
-        total = cross_entropy(
-            outputs.logits.flatten(0, 1).float(), labels[:, positions].flatten(), ignore_index=-100, reduction="sum"
+        columns = (labels != -100).any(dim=0).nonzero().flatten()
+        mask = inputs["attention_mask"]
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            logits_to_keep=columns,
+            use_cache=False,
         )
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / count
+        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels[:, columns].flatten(), reduction="sum")
+        loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -244,12 +248,15 @@ def train_adapter(model, tokenizer, encoded, args, output_dir):
             train_dataset=encoded["train"],
             eval_dataset=encoded["validation"],
             processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
             callbacks=[EvaluateAtEnd()],
         )
     trainer.train()
-    log = pd.DataFrame(trainer.state.log_history).rename(columns={"loss": "train_loss"})
-    columns = ["epoch", "train_loss", "eval_loss", "learning_rate", "grad_norm"]
-    return log[log["train_loss"].notna() | log["eval_loss"].notna()].groupby("step")[columns].first().reset_index()
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise UserError("the adapter's weights became NaN or infinite; lower --learning_rate or raise the batch size")
+    log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    columns = ["epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    return pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
 
 
 def describe_run(args, task, splits, model, history, seconds):

@@ -1,0 +1,69 @@
+"""What several test files use: the shared data where it exists, tokenizers, a tiny base model, a labelled file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import modeling
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def shared(path):
+    """Return a file of the shared material; skip where it is not at hand, as on a user's machine."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path} of the shared material, which is not part of the project")
+    return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    return modeling.load_tokenizer("smollm2")
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer():
+    return AutoTokenizer.from_pretrained(shared("tokenizers/llama-2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, smollm2_tokenizer):
+    """A folder with a random Llama of 2 layers, with grouped-query attention, and SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(smollm2_tokenizer),
+        bos_token_id=smollm2_tokenizer.bos_token_id,
+        eos_token_id=smollm2_tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_json_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def comments(tmp_path):
+    """A JSON-lines file of 20 distinct sentences for the task sst2; the words give the label away."""
+    words = ("fine", "great", "warm", "funny", "bright"), ("dull", "flat", "weak", "stale", "grim")
+    records = [
+        {"sentence": f"a {word} film , number {number} of its kind", "label_text": label}
+        for number in range(2)
+        for label, group in zip(("positive", "negative"), words, strict=True)
+        for word in group
+    ]
+    return write_json_lines(tmp_path / "comments.jsonl", records)

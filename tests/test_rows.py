@@ -1,0 +1,138 @@
+"""Reading and splitting labelled rows."""
+
+import json
+
+import datasets
+import pytest
+from conftest import shared, write_json_lines
+
+from command_line import UserError
+from prompts import TASKS, published_text, task_from_fields
+from rows import read_splits
+
+TASK = TASKS["supp-anti-oth"]
+
+
+def published_folder(folder, train, validation):
+    """Write a folder as the notebook does; rows are (sentence, label)."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in (("train", train), ("validation", validation)):
+        records = [
+            {"text": published_text(TASK, sentence, label if split == "train" else None), "label_text": label}
+            for sentence, label in rows
+        ]
+        write_json_lines(folder / f"{split}.jsonl", records)
+    return str(folder)
+
+
+def pairs(split):
+    return list(zip(split["sentence"], split["label_text"], strict=True))
+
+
+def test_politosphere_gives_the_published_90_and_23_rows():
+    file = shared("data/politosphere/daccord_yifei_v2_leo_supp_anti_oth.json")
+    splits = read_splits(str(file), TASK)
+    published = datasets.Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
+    cut = published.train_test_split(test_size=0.2, shuffle=True, seed=42)
+    assert (len(splits.train), len(splits.validation)) == (90, 23)
+    assert pairs(splits.train) == list(zip(cut["train"]["body_cleaned"], cut["train"]["User label"], strict=True))
+    assert pairs(splits.validation) == list(zip(cut["test"]["body_cleaned"], cut["test"]["User label"], strict=True))
+
+
+ROWS = [(f"sentence {number}", TASK.labels[number % 3]) for number in range(10)]
+
+
+def test_a_validation_split_that_repeats_train_is_cut(tmp_path):
+    splits = read_splits(published_folder(tmp_path / "data", ROWS, list(reversed(ROWS))), TASK)
+    assert (len(splits.train), len(splits.validation)) == (8, 2)
+    assert sorted(pairs(splits.train) + pairs(splits.validation)) == sorted(ROWS)
+
+
+def test_separate_splits_stay_as_they_are(tmp_path):
+    splits = read_splits(published_folder(tmp_path / "data", ROWS[:7], ROWS[7:]), TASK)
+    assert pairs(splits.train) == ROWS[:7]
+    assert pairs(splits.validation) == ROWS[7:]
+    assert splits.train["row"][:] == list(range(7))
+    assert splits.notes == ()
+
+
+def test_a_sentence_is_never_on_both_sides(tmp_path):
+    splits = read_splits(published_folder(tmp_path / "data", ROWS[:7], ROWS[5:]), TASK)
+    assert pairs(splits.train) == ROWS[:5]
+    assert pairs(splits.validation) == ROWS[5:]
+    assert splits.notes == ("2 train rows left out: their sentences are validation rows too",)
+    twice = [{"sentence": f"{sentence}{end}", "label_text": label} for end in ("", " ") for sentence, label in ROWS]
+    splits = read_splits(str(write_json_lines(tmp_path / "twice.jsonl", twice)), TASK)
+    assert sorted(pairs(splits.train) + pairs(splits.validation)) == sorted(ROWS)
+    assert splits.notes == ("10 rows left out: their sentences stand in an earlier row",)
+
+
+def test_labels_get_the_tasks_spelling_and_raw_columns_are_known(tmp_path):
+    records = [{"body_cleaned": sentence, "User label": label.upper()} for sentence, label in ROWS]
+    splits = read_splits(str(write_json_lines(tmp_path / "raw.json", records)), TASK)
+    assert sorted(pairs(splits.train) + pairs(splits.validation)) == sorted(ROWS)
+
+
+def test_rows_written_with_another_prompt_are_noted(tmp_path):
+    folder = published_folder(tmp_path / "data", ROWS[:7], ROWS[7:])
+    other = task_from_fields({"system_prompt": "?", "labels": list(TASK.labels), "answer_field": "A:"}, "other.json")
+    splits = read_splits(folder, other)
+    assert pairs(splits.train) == ROWS[:7]
+    assert splits.notes[0] == "7 rows were written with another prompt; the prompt of task other is used"
+
+
+def test_the_fingerprint_follows_rows_labels_and_sides(tmp_path):
+    prints = [
+        read_splits(published_folder(tmp_path / f"data{number}", *rows), TASK).fingerprint()
+        for number, rows in enumerate(
+            [
+                (ROWS[:7], ROWS[7:]),
+                (ROWS[:7], ROWS[7:]),
+                (ROWS[:6], ROWS[6:]),
+                ([(ROWS[0][0], "other"), *ROWS[1:7]], ROWS[7:]),
+            ]
+        )
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "messages"),
+    [
+        (['{"sentence": "x", "label_text": "pro"}'], ["line 1: label 'pro' is not one of task supp-anti-oth's"]),
+        (['{"sentence": "x", "label_text": 1}'], ["line 1: no label"]),
+        (['{"sentence": "x", "label_text": ""}'], ["line 1: no label"]),
+        (['{"sentence": null, "label_text": "other"}'], ["line 1: no sentence"]),
+        (['{"label_text": "other"}'], ["line 1: no sentence"]),
+        (['{"sentence": "x"}', "", '{"sentence": " ", "label_text": "other"}'], ["2 bad rows", "line 1", "line 3"]),
+        (['{"sentence": "x", "label_text": "no"}'] * 12, ["12 bad rows", "line 10", "and 2 more"]),
+        (["{"], ["line 1 is not JSON"]),
+        ([], ["its split train has no rows"]),
+        (['{"sentence": "x", "label_text": "other"}'], ["1 row cannot be split"]),
+    ],
+)
+def test_bad_rows_are_named_with_file_and_line(tmp_path, lines, messages):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError) as error:
+        read_splits(str(file), TASK)
+    assert all(message in str(error.value) for message in [str(file), *messages])
+
+
+def test_a_text_that_contradicts_its_label_is_refused(tmp_path):
+    file = write_json_lines(
+        tmp_path / "x.jsonl", [{"text": published_text(TASK, "x", "other"), "label_text": "anti gun"}]
+    )
+    with pytest.raises(UserError, match="line 1: its text ends in 'other' but its label is 'anti gun'"):
+        read_splits(str(file), TASK)
+
+
+def test_same_rows_with_byte_order_mark_windows_line_ends_and_line_separators_inside(tmp_path):
+    records = [{"sentence": f"a\u2028b\u0085{number}", "label_text": "other"} for number in range(10)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("\n".join(lines), encoding="utf-8")
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(("\ufeff" + "\r\n\r\n".join(lines) + "\r\n").encode())
+    assert read_splits(str(plain), TASK).fingerprint() == read_splits(str(windows), TASK).fingerprint()
