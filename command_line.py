@@ -80,38 +80,49 @@ def hub_errors(name, kind):
     No network, no token, a token without access and an unknown repository look alike to a user who is shown the
     libraries' exceptions (huggingface/transformers#28894), so each gets a sentence of its own.
     """
-    from huggingface_hub import errors, get_token
-
     try:
         yield
-    except (OSError, ValueError) as error:
-        chain, cause = [], error
-        while cause is not None and cause not in chain:
-            chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
-        status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in chain}
-        if any(isinstance(cause, errors.GatedRepoError) for cause in chain) or 403 in status:
-            if get_token():
-                reason = f"your token has no access; ask for it on the page of {name}, then try again"
-            else:
-                reason = "it is gated and no token is set; ask for access on its page, then run: hf auth login"
-        elif any(isinstance(cause, errors.HFValidationError) for cause in chain):
-            reason = "this is neither a path that exists here nor a Hub name of the form owner/name"
-        elif any(isinstance(cause, errors.RepositoryNotFoundError) for cause in chain) or status & {401, 404}:
-            reason = "the Hub knows no such repository, or it is private; check the name and run: hf auth login"
-        elif _is_network_error(chain):
-            reason = "the Hub cannot be reached; check the network, or name a local path"
-        else:
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _hub_reason(error)
+        if reason is None:
             raise
         raise UserError(f"{kind} {name}: {reason}") from error
 
 
-def _is_network_error(chain):
-    from huggingface_hub import errors
+def _hub_reason(error):
+    """Return what went wrong at the Hub and what to do, or None where `error` is about something else."""
+    from huggingface_hub import get_token
 
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in chain}
     names = {base.__name__ for cause in chain for base in type(cause).__mro__}
-    offline = (ConnectionError, TimeoutError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
-    return any(isinstance(cause, offline) for cause in chain) or bool(names & {"TransportError", "NetworkError"})
+    # datasets drops the HTTP error and leaves a sentence of its own
+    unknown_data = "".join(str(cause) for cause in chain if type(cause).__name__ == "DatasetNotFoundError")
+    if "GatedRepoError" in names or "gated dataset" in unknown_data:
+        if get_token():
+            return "your token has no access; ask for it on its page, then try again"
+        return "it is gated and no token is set; ask for access on its page, then run: hf auth login"
+    if "HFValidationError" in names:
+        return "this is neither a path that exists here nor a Hub name of the form owner/name"
+    if "RepositoryNotFoundError" in names or unknown_data:
+        return "the Hub knows no such repository, or it is private; check the name and run: hf auth login"
+    if 401 in status:
+        return f"{'the token is not valid' if get_token() else 'no token is set'}; run: hf auth login"
+    if 403 in status:
+        return "your token does not allow this; check the owner's name and what the token may do"
+    if any(code == 429 or code >= 500 for code in status - {None}):
+        return "the Hub is overloaded or out of order; try again later"
+    offline = {"ConnectionError", "TimeoutError", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
+    if names & offline:
+        return "the Hub cannot be reached; check the network, or name a local path"
+    if names & {"EmptyDatasetError", "DataFilesNotFoundError"}:
+        return "it holds no data files, such as train.jsonl"
+    return None
 
 
 def positive_int(text):

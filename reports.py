@@ -61,7 +61,7 @@ def model_card(run, history):
     """Return the adapter's README.md as text, from run.json's dict and the history DataFrame."""
     options, task, data = run["options"], run["task"], run["data"]
     metadata = ModelCardData(
-        base_model=options["base_model_name"] if "/" in options["base_model_name"] else None,
+        base_model=options["base_model_name"] if run["base_model"]["revision"] else None,
         library_name="peft",
         pipeline_tag="text-classification",
         tags=["lora", "qlora", "trl", "sft"],

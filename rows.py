@@ -106,7 +106,9 @@ def _load(dataset_name):
     if (path / "train.jsonl").is_file():
         files = {split: path / f"{split}.jsonl" for split in ("train", "validation")}
         return {split: _numbered(file) for split, file in files.items() if file.is_file()}
-    looks_local = path.suffix in (".json", ".jsonl") or path.is_absolute() or dataset_name.startswith(".")
+    looks_local = (
+        path.suffix in (".json", ".jsonl") or dataset_name.startswith(("/", ".")) or dataset_name.count("/") > 1
+    )
     if looks_local and not path.exists():
         raise UserError(f"--dataset_name {dataset_name}: no such file or folder")
     with hub_errors(dataset_name, "data set"):

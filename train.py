@@ -299,6 +299,7 @@ def create_hub_repository(repository):
 
 def push_to_hub(folder, repository):
     """Upload `folder` in one commit and print where it is."""
+    print(f"Uploading {folder}; should that fail, it stays here and can be sent with: hf upload {repository} {folder}")
     with hub_errors(repository, "--push_to_hub"):
         commit = HfApi().upload_folder(
             repo_id=repository, folder_path=folder, ignore_patterns=["runs/*", "evaluation/*"], commit_message="Adapter"

@@ -1,0 +1,251 @@
+"""evaluate.py as a user runs it."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import write_json_lines
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import GenerationMixin
+
+import evaluate
+import modeling
+import train
+from evaluate import RowSampler
+from metrics import classification_metrics, confusion_counts
+from prompts import answer_ids, build_prompt, load_task
+from rows import read_splits
+
+HOT = "0.9"  # a temperature at which the tiny model gives labels and other things
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    """A folder with models/tiny, trained until it answers with labels, mostly: 24 rows, some of them long."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    records = [
+        {"sentence": f"{word} " * (1 + number % 7) + str(number), "label_text": label}
+        for number in range(15)
+        for word, label in (("good", "positive"), ("bad", "negative"))
+    ]
+    write_json_lines(folder / "words.jsonl", records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        options = ["--base_model_name", str(tiny_base), "--task", "sst2", "--dataset_name", "words.jsonl"]
+        length = ["--adapters_name", "tiny", "--steps", "60", "--train_batch_size", "8", "--learning_rate", "2e-2"]
+        modules = ["--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+        assert train.main([*options, *length, *modules]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(adapter, tmp_path, monkeypatch):
+    """A function that runs evaluate.py on a copy of the adapter and returns the folder of the results."""
+    shutil.copytree(adapter, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run_evaluate(*options, code=0):
+        assert evaluate.main(["--adapters_name", "tiny", *map(str, options)]) == code
+        return tmp_path / "work" / "models" / "tiny" / "evaluation"
+
+    return run_evaluate
+
+
+def predictions(folder):
+    return pd.read_csv(folder / "predictions.csv", keep_default_na=False)
+
+
+def test_files_and_numbers(run, capsys):
+    folder = run() / "sample"
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json",
+        "predictions.csv",
+        "confusion_matrix.png",
+        "settings.json",
+    }
+    table, metrics = predictions(folder), json.loads((folder / "metrics.json").read_text())
+    assert table.columns.tolist() == ["split", "row", "sentence", "label_text", "prediction", "output"]
+    assert list(metrics) == ["train", "validation"]
+    assert (metrics["train"]["n"], metrics["validation"]["n"]) == (24, 6)
+    for split, rows in table.groupby("split"):
+        truth, predicted = rows["label_text"], rows["prediction"]
+        labels = ["positive", "negative"]
+        assert metrics[split]["accuracy"] == accuracy_score(truth, predicted)
+        expected = f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)
+        assert metrics[split]["macro_f1"] == pytest.approx(expected)
+        assert metrics[split]["invalid"] == (predicted == "").sum()
+    last = capsys.readouterr().out.splitlines()
+    accuracy = f"{metrics['validation']['accuracy']:.4f}"
+    assert any("F1-score on Val." in line for line in last)
+    assert any(line.split()[0] == "sample" and accuracy in line for line in last if line.strip())
+
+
+def test_the_tiny_model_was_worth_testing_on(run):
+    """It answers with both labels and also with what is none, or the tests beside this one could not fail."""
+    table = predictions(run("--temperature", HOT, "--split", "train") / "sample")
+    assert set(table["prediction"]) == {"positive", "negative", ""}
+
+
+def test_sampled_answers_repeat_and_do_not_depend_on_the_batch_size(run):
+    hot = ["--temperature", HOT, "--batch_size"]
+    one, eight, again = (predictions(run(*hot, size) / "sample") for size in (1, 8, 8))
+    assert one.equals(eight)
+    assert eight.equals(again)
+    assert one["output"].nunique() > 5
+
+
+def test_answers_do_not_depend_on_the_other_rows(run):
+    both = predictions(run("--temperature", HOT) / "sample")
+    alone = predictions(run("--temperature", HOT, "--split", "validation") / "sample")
+    assert both[both["split"] == "validation"].reset_index(drop=True).equals(alone)
+
+
+def test_greedy_answers_are_those_of_plain_steps_without_cache_or_batch(run, adapter):
+    folder = run("--decoding", "greedy", "--split", "train")
+    table = predictions(folder / "greedy")
+    task = load_task("sst2")
+    tokenizer = modeling.load_tokenizer(str(folder.parent))
+    base = json.loads((folder.parent / "run.json").read_text())["base_model"]["name"]
+    model = modeling.load_adapter(modeling.load_base_model(base), folder.parent)
+    longest = max(len(answer_ids(tokenizer, label)) for label in task.labels)
+    for row in table.itertuples():
+        ids = tokenizer(build_prompt(task, row.sentence), add_special_tokens=False).input_ids
+        answer = []
+        while len(answer) < longest and tokenizer.eos_token_id not in answer:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + answer]), use_cache=False).logits
+            answer.append(int(logits[0, -1].argmax()))
+        assert row.output == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def decodings(run, capsys):
+    folder = run("--decoding", "sample", "greedy")
+    assert {path.name for path in folder.iterdir()} == {"sample", "greedy"}
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert {"sample", "greedy"} <= set(lines)
+
+
+def temperature(run, capsys):
+    cold = predictions(run("--temperature", "1e-6") / "sample")
+    greedy = predictions(run("--decoding", "greedy") / "greedy")
+    hot = predictions(run("--temperature", "50") / "sample")
+    assert cold.equals(greedy)
+    assert (hot["output"] != greedy["output"]).mean() > 0.9
+
+
+def seeds(run, capsys):
+    one, other = (predictions(run("--temperature", HOT, "--seed", number) / "sample") for number in (1, 2))
+    assert (one["output"] != other["output"]).any()
+
+
+def batch_size(run, capsys):
+    sizes = []
+    generate = GenerationMixin.generate
+
+    def counted(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", counted)
+        run("--batch_size", "7", "--split", "train")
+    assert sizes == [7, 7, 7, 3]
+
+
+def splits(run, capsys):
+    folder = run("--split", "validation") / "sample"
+    assert set(predictions(folder)["split"]) == {"validation"}
+    assert list(json.loads((folder / "metrics.json").read_text())) == ["validation"]
+
+
+def base_only(run, capsys):
+    folder = run("--base_only")
+    assert {path.name for path in folder.iterdir()} == {"base-sample"}
+    assert (predictions(folder / "base-sample")["prediction"] == "").all()  # a random model
+
+
+def names(run, capsys):
+    run("--adapters_name", "models/tiny")
+    run("--adapters_name", "tinny", code=2)
+    assert "models/ has tiny" in capsys.readouterr().err
+
+
+OPTIONS = {
+    "--adapters_name": names,
+    "--decoding": decodings,
+    "--temperature": temperature,
+    "--seed": seeds,
+    "--batch_size": batch_size,
+    "--split": splits,
+    "--base_only": base_only,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_does_something(option, run, capsys):
+    OPTIONS[option](run, capsys)
+
+
+def test_no_option_is_left_out_above():
+    assert {action.option_strings[0] for action in evaluate.build_parser()._actions} - {"-h"} == set(OPTIONS)
+
+
+def test_data_that_changed_since_training_are_refused(run, capsys):
+    file = Path("words.jsonl")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[1:] + lines[:1]))
+    run(code=2)
+    assert "words.jsonl: its rows are no longer those that the adapter was trained with" in capsys.readouterr().err
+
+
+def test_an_adapter_without_run_json_is_refused(run, tmp_path, capsys):
+    (tmp_path / "work" / "models" / "tiny" / "run.json").unlink()
+    run(code=2)
+    assert "run.json: missing" in capsys.readouterr().err
+
+
+def test_the_name_is_mandatory(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([])
+    assert stop.value.code == 2
+    assert "--adapters_name" in capsys.readouterr().err
+
+
+def test_row_sampler_draws_from_the_softmax_at_the_temperature():
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    sampler = RowSampler(0.8, [f"42 train {number}" for number in range(20_000)])
+    drawn = Counter(sampler(None, scores.repeat(20_000, 1)).argmax(dim=1).tolist())
+    for index, probability in enumerate(torch.softmax(scores / 0.8, dim=0).tolist()):
+        # four standard errors of a share of 20,000 draws
+        assert drawn[index] / 20_000 == pytest.approx(
+            probability, abs=4 * (probability * (1 - probability) / 20_000) ** 0.5
+        )
+
+
+def test_metrics_by_hand():
+    labels = ("a", "b", "c")
+    result = classification_metrics(labels, ["a", "a", "b", "b"], ["a", None, "b", "a"])
+    assert result["n"] == 4
+    assert result["invalid"] == 1
+    assert result["accuracy"] == 0.5
+    # a: precision 1/2, recall 1/2; b: precision 1, recall 1/2; c: neither a row nor a prediction, so not in the mean
+    assert result["macro_f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert result["per_class"]["b"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
+    assert result["per_class"]["c"] == {"precision": None, "recall": None, "f1": None, "support": 0}
+    assert confusion_counts(labels, ["a", "a", "b", "b"], ["a", None, "b", "a"]).tolist() == [
+        [1, 0, 0, 1],
+        [1, 1, 0, 0],
+        [0, 0, 0, 0],
+    ]
+
+
+def test_rows_are_named_as_in_the_file(run, adapter):
+    table = predictions(run() / "sample")
+    records = [json.loads(line) for line in (adapter / "words.jsonl").read_text().splitlines()]
+    assert [records[row]["sentence"] for row in table["row"]] == table["sentence"].tolist()
+    splits = read_splits("words.jsonl", load_task("sst2"))
+    assert table[table["split"] == "validation"]["sentence"].tolist() == splits.validation["sentence"][:]
