@@ -183,17 +183,28 @@ class AnswerLossTrainer(SFTTrainer):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
         labels = inputs["labels"][:, 1:]  # the logits at position i are those of token i + 1
         columns = (labels != -100).any(dim=0).nonzero().flatten()
-        mask = inputs["attention_mask"]
         outputs = model(
             input_ids=inputs["input_ids"],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            attention_mask=_causal_mask(inputs["attention_mask"]),
+            position_ids=(inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0),
             logits_to_keep=columns,
             use_cache=False,
         )
         total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels[:, columns].flatten(), reduction="sum")
         loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+
+def _causal_mask(attention_mask):
+    """Return the boolean mask (rows, 1, queries, keys) of a batch padded on the left, shape (rows, tokens).
+
+    A padding token sees itself: a query that sees nothing has a softmax of 0/0, which not every attention kernel's
+    backward survives.
+    """
+    length = attention_mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=attention_mask.device)
+    return (earlier & attention_mask.bool()[:, None, None, :]) | itself
 
 
 class EvaluateAtEnd(TrainerCallback):
