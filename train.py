@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import modeling
@@ -33,6 +33,7 @@ from command_line import (
 from prompts import TASKS, encode_rows, load_task, task_fields
 from reports import draw_training_curves, model_card
 from rows import read_splits
+from shared_prefix import PaddedCollator, SharedPrefixCollator
 
 DEFAULT_TASK = "supp-anti-oth"
 DEFAULT_EPOCHS = 10
@@ -78,6 +79,11 @@ def build_parser():
         "--learning_rate", type=positive_float, default=2e-4, help="at the start; falls linearly to 0"
     )
     training.add_argument("--seed", type=seed, default=42, help="of the adapter's first weights, row order and dropout")
+    training.add_argument(
+        "--no_shared_prefix",
+        action="store_true",
+        help="pad batches instead of computing the rows' common beginning once a batch",
+    )
     training.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time"
     )
@@ -172,39 +178,46 @@ def encode_splits(tokenizer, task, splits, max_seq_length):
 
 
 class AnswerLossTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the loss computed at the answers' positions alone.
+    """TRL's SFTTrainer with the loss computed at the answers' positions alone, for batches of shared_prefix.py.
 
     Its own loss projects every position onto the vocabulary where there is no Triton: on a CPU, half of a step's time
-    goes into logits of prompt tokens that nobody asked for. Batches are padded on the left, so the answers of all rows
-    stand in the same last columns.
+    goes into logits of prompt tokens that nobody asked for.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
-        labels = inputs["labels"][:, 1:]  # the logits at position i are those of token i + 1
-        columns = (labels != -100).any(dim=0).nonzero().flatten()
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=_causal_mask(inputs["attention_mask"]),
-            position_ids=(inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0),
-            logits_to_keep=columns,
-            use_cache=False,
-        )
-        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels[:, columns].flatten(), reduction="sum")
-        loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        total, outputs = self._summed_loss(model, inputs)
+        loss = total / (answer_tokens(inputs) if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _summed_loss(self, model, inputs):
+        labels = inputs["labels"][:, 1:]  # the logits at position i are those of token i + 1
+        columns = (labels != -100).any(dim=0).nonzero().flatten()
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**rest, logits_to_keep=columns, use_cache=False)
+        logits = outputs.logits.flatten(0, 1).float()
+        return cross_entropy(logits, labels[:, columns].flatten(), reduction="sum"), outputs
 
-def _causal_mask(attention_mask):
-    """Return the boolean mask (rows, 1, queries, keys) of a batch padded on the left, shape (rows, tokens).
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluate one batch, keeping its summed loss and its number of answer tokens for the mean over tokens."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total, _ = self._summed_loss(model, inputs)
+        self._evaluated.append((total.item(), answer_tokens(inputs).item()))
+        return total / answer_tokens(inputs), None, None
 
-    A padding token sees itself: a query that sees nothing has a softmax of 0/0, which not every attention kernel's
-    backward survives.
-    """
-    length = attention_mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=attention_mask.device)
-    return (earlier & attention_mask.bool()[:, None, None, :]) | itself
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate; the loss is the mean over all answer tokens, whatever the batches, which Trainer's own is not."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals, tokens = zip(*self._evaluated, strict=True)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(totals) / sum(tokens)
+        return output
+
+
+def answer_tokens(inputs):
+    """Return the number of answer tokens in a batch, a scalar tensor."""
+    return (inputs["labels"][:, 1:] != -100).sum()
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -259,7 +272,7 @@ def train_adapter(model, tokenizer, encoded, args, output_dir):
             train_dataset=encoded["train"],
             eval_dataset=encoded["validation"],
             processing_class=tokenizer,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=PaddedCollator(tokenizer.pad_token_id) if args.no_shared_prefix else SharedPrefixCollator(),
             callbacks=[EvaluateAtEnd()],
         )
     trainer.train()

@@ -211,6 +211,24 @@ def checkpointing(run, capfd):
     pd.testing.assert_frame_equal(history(base), history(changed), rtol=1e-4)
 
 
+def padding(run, capfd):
+    shapes = []
+    forward = LlamaMLP.forward
+
+    def seen(module, hidden):
+        shapes.append(hidden.shape[0])
+        return forward(module, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", seen)
+        base = run("base", "--lora_dropout", "0")
+        assert set(shapes) == {1}  # one sequence a batch
+        shapes.clear()
+        changed = run("changed", "--lora_dropout", "0", "--no_shared_prefix")
+        assert set(shapes) == {16, 4}  # a row each
+    pd.testing.assert_frame_equal(history(base), history(changed), rtol=1e-3)
+
+
 def rank(run, capfd):
     shapes = {min(weight.shape) for weight in weights(run("changed", "--lora_r", "8")).values()}
     assert shapes == {8}
@@ -255,6 +273,7 @@ OPTIONS = {
     "--learning_rate": changes_history("--learning_rate", "1e-3"),
     "--seed": changes_history("--seed", "7"),
     "--gradient_checkpointing": checkpointing,
+    "--no_shared_prefix": padding,
     "--lora_r": rank,
     "--lora_alpha": changes_history("--lora_alpha", "64", "--learning_rate", "1e-2"),
     "--lora_dropout": changes_history("--lora_dropout", "0.6", "--learning_rate", "1e-2"),
