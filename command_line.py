@@ -65,6 +65,8 @@ def replacing(target):
         else:
             os.replace(part, target)
     except OSError as error:
+        if isinstance(error, ConnectionError | TimeoutError):  # these are not about files
+            raise
         raise UserError(f"{target}: cannot write it ({error.strerror or error}); choose another place") from error
     finally:
         if part.is_dir():
@@ -127,7 +129,7 @@ def _hub_reason(error):
 
 def positive_int(text):
     """Read a whole number above 0 for argparse."""
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return value
@@ -135,7 +137,7 @@ def positive_int(text):
 
 def positive_float(text):
     """Read a finite number above 0 for argparse."""
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
@@ -143,7 +145,15 @@ def positive_float(text):
 
 def seed(text):
     """Read a seed that torch and numpy both take (0 to 2**32 - 1) for argparse."""
-    value = int(text)
+    value = _number(int, text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be from 0 to {2**32 - 1}, not {text}")
     return value
+
+
+def _number(kind, text):
+    try:
+        return kind(text)
+    except ValueError:
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {name}, not {text!r}") from None

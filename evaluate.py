@@ -46,7 +46,7 @@ def build_parser():
     parser.add_argument(
         "--seed", type=seed, default=42, help="of --decoding sample; each row draws from its own stream"
     )
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="rows a batch; does not change the answers")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="rows a batch")
     parser.add_argument(
         "--split", nargs="+", choices=("train", "validation"), default=["train", "validation"], help="rows to score"
     )
@@ -56,18 +56,18 @@ def build_parser():
 
 def find_adapter(adapters_name):
     """Return (the adapter's folder, where its evaluation goes) for a name under models/, a folder or a Hub adapter."""
-    folder = MODELS / adapters_name
-    if not folder.is_dir():
-        folder = Path(adapters_name)
-    if folder.is_dir():
-        return folder, folder / "evaluation"
+    for folder in (MODELS / adapters_name, Path(adapters_name)):
+        if (folder / "adapter_config.json").is_file():
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise UserError(f"{folder}: has no adapter_model.safetensors; train again or copy the whole folder")
+            return folder, folder / "evaluation"
     if adapters_name.count("/") != 1 or adapters_name.startswith((".", "/")):
         names = sorted(path.parent.name for path in MODELS.glob("[!.]*/run.json"))
         known = f"models/ has {', '.join(names)}" if names else "models/ has none"
         raise UserError(f"--adapters_name {adapters_name}: no such adapter in models/ and no such folder; {known}")
     with hub_errors(adapters_name, "adapter"):
         folder = Path(snapshot_download(adapters_name))
-    return folder, MODELS / adapters_name.split("/")[-1] / "evaluation"
+    return folder, MODELS / adapters_name / "evaluation"
 
 
 def read_run(folder):
@@ -76,9 +76,13 @@ def read_run(folder):
     if not file.is_file():
         raise UserError(f"{file}: missing; train.py writes it, and without it the data and the prompt are not known")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: not JSON ({error}); train the adapter again") from error
+    missing = {"options", "task", "data", "base_model"} - set(run if isinstance(run, dict) else ())
+    if missing:
+        raise UserError(f"{file}: has no {sorted(missing)[0]}; it is not what train.py wrote")
+    return run
 
 
 def read_rows(run, task, splits_wanted):
@@ -96,8 +100,8 @@ class RowSampler(LogitsProcessor):
     """Turns greedy decoding into sampling at `temperature`, each row with random numbers of its own.
 
     Adds Gumbel noise to the scaled scores: the largest is then a draw from their softmax (the Gumbel-max trick,
-    Maddison et al. 2014, arXiv:1411.0030). A row's numbers come from (seed, split, row) alone, so its answer depends
-    neither on the batch size nor on the rows beside it.
+    Maddison et al. 2014, arXiv:1411.0030). A row's numbers come from (seed, split, row) alone, neither from the batch
+    size nor from the rows beside it.
     """
 
     def __init__(self, temperature, streams):

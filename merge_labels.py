@@ -50,7 +50,7 @@ def build_parser():
 def parse_merge(text):
     """Return the groups {new label: [old labels]} of a --merge option; raises UserError where it is not that."""
     try:
-        groups = json.loads(text)
+        groups = json.loads(text, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
         raise UserError(f"--merge: not JSON ({error})") from error
     if not isinstance(groups, dict) or not groups:
@@ -60,6 +60,12 @@ def parse_merge(text):
         if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"--merge: the group {label!r} must be a list of old labels, each a text that is not empty")
     return groups
+
+
+def _distinct(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise UserError("--merge: names a group twice")
+    return dict(pairs)
 
 
 def merge_records(records, groups, field, source):

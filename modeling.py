@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig, set_seed
 
 from command_line import UserError, hub_errors, replacing
 
@@ -54,14 +54,18 @@ def load_base_model(base_model_name, revision=None):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype()
     )
     with hub_errors(base_model_name, "model"):
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             _model_path(base_model_name),
             revision=revision or "main",
             quantization_config=quantization,
             dtype=compute_dtype(),
             device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            attn_implementation="sdpa",  # takes the boolean 4-D masks of shared_prefix.py as they are
             use_safetensors=True,
         )
+    # A chat model's own defaults (top-p, repetition penalty) would be filled into every generation.
+    model.generation_config = GenerationConfig()
+    return model
 
 
 def describe_base_model(base_model_name, model):
@@ -74,7 +78,13 @@ def describe_base_model(base_model_name, model):
 
 def _model_path(base_model_name):
     """Return what `from_pretrained` takes for a base model's name."""
-    return str(_embedded_model()) if base_model_name == EMBEDDED_MODEL else base_model_name
+    if base_model_name == EMBEDDED_MODEL:
+        return str(_embedded_model())
+    path = Path(base_model_name)
+    looks_local = path.exists() or base_model_name.startswith(("/", ".")) or base_model_name.count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise UserError(f"--base_model_name {base_model_name}: no such folder, or no model in it (config.json)")
+    return base_model_name
 
 
 def _embedded_model():

@@ -182,6 +182,9 @@ def task_from_fields(fields, source):
         raise UserError(f"{source}: the field 'labels' must hold two or more labels that differ in more than case")
     if any("\n" in label for label in labels):
         raise UserError(f"{source}: a label must not hold a line break")
+    for field in ("name", "dataset_name"):
+        if not isinstance(fields.get(field, ""), str | None):
+            raise UserError(f"{source}: the field {field!r} must be a text")
     name = fields.get("name") or Path(source).stem
     return Task(name, fields["system_prompt"], labels, fields["answer_field"], fields.get("dataset_name"))
 
@@ -294,7 +297,7 @@ def prompt_budget(tokenizer, task, max_seq_length):
     if needed > max_seq_length:
         raise UserError(
             f"the prompt of task {task.name} takes {needed} tokens with an empty sentence and the longest label, "
-            f"but --max_seq_length is {max_seq_length}; raise it above {needed}"
+            f"but --max_seq_length is {max_seq_length}; raise it to more than {needed}"
         )
     return max_seq_length - longest_answer
 

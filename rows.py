@@ -57,8 +57,10 @@ def read_json_lines(path):
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg}); each line must be one object") from error
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (json.JSONDecodeError, UnicodeEncodeError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or getattr(error, "reason", "nested too deeply")
+            raise UserError(f"{path}: line {number} is not JSON ({reason}); each line must be one object") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number} is not a JSON object")
         records.append((number, record, line))
@@ -91,8 +93,10 @@ def read_splits(dataset_name, task):
         return Splits(cut["train"], cut["test"], tuple(notes))
     held_out = {row["sentence"].strip() for row in validation}
     train = [row for row in rows["train"] if row["sentence"].strip() not in held_out]
-    if not train:
-        raise UserError(f"{dataset_name}: every sentence of the train split is also in the validation split")
+    if len(train) < len(rows["train"]) / 2:
+        raise UserError(
+            f"{dataset_name}: most sentences of its train split are in its validation split too; split anew"
+        )
     if len(train) < len(rows["train"]):
         notes.append(f"{len(rows['train']) - len(train)} train rows left out: their sentences are validation rows too")
     return Splits(_dataset(train), _dataset(validation), tuple(notes))
@@ -106,11 +110,10 @@ def _load(dataset_name):
     if (path / "train.jsonl").is_file():
         files = {split: path / f"{split}.jsonl" for split in ("train", "validation")}
         return {split: _numbered(file) for split, file in files.items() if file.is_file()}
-    looks_local = (
-        path.suffix in (".json", ".jsonl") or dataset_name.startswith(("/", ".")) or dataset_name.count("/") > 1
-    )
+    named = path.suffix in (".json", ".jsonl", ".csv", ".parquet") or dataset_name.startswith(("/", "."))
+    looks_local = named or dataset_name.count("/") > 1 or ("/" in dataset_name and path.parent.is_dir())
     if looks_local and not path.exists():
-        raise UserError(f"--dataset_name {dataset_name}: no such file or folder")
+        raise UserError(f"data set {dataset_name}: no such file or folder")
     with hub_errors(dataset_name, "data set"):
         loaded = datasets.load_dataset(dataset_name)
     if "train" not in loaded:
@@ -142,7 +145,8 @@ def check_records(records, task, notes):
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         plural = "s" if len(problems) > 1 else ""
-        raise UserError(f"{len(problems)} bad row{plural}: {'; '.join(problems[:10])}{more}")
+        known = f"the labels of task {task.name} are {', '.join(task.labels)}; merge labels or name another --task"
+        raise UserError(f"{len(problems)} bad row{plural}: {'; '.join(problems[:10])}{more}; {known}")
     if other_prompts:
         notes.append(f"{other_prompts} rows were written with another prompt; the prompt of task {task.name} is used")
     return rows
@@ -168,9 +172,7 @@ def _read_record(record, task):
             return None, None, f"its text ends in {published['label']!r} but its label is {label!r}", False
     own_label = match_label(task, label)
     if own_label is None:
-        known = ", ".join(repr(label) for label in task.labels)
-        problem = f"label {label!r} is not one of task {task.name}'s ({known}); name another --task or merge labels"
-        return None, None, problem, False
+        return None, None, f"label {label!r} is not one of the task's", False
     return sentence, own_label, None, other_prompt
 
 

@@ -7,6 +7,7 @@ python train.py --base_model_name smollm2 --task mytask.json --dataset_name comm
 import argparse
 import importlib.util
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -85,7 +86,7 @@ def build_parser():
         help="pad batches instead of computing the rows' common beginning once a batch",
     )
     training.add_argument(
-        "--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time"
+        "--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory"
     )
     lora = parser.add_argument_group("adapter")
     lora.add_argument("--lora_r", type=positive_int, default=64, help="rank")
@@ -233,7 +234,7 @@ def training_config(args, output_dir):
     by_step = args.steps is not None
     interval = {"eval_strategy": "epoch", "logging_strategy": "epoch"}
     if by_step:  # ten points on the curve
-        every = max(1, args.steps // 10)
+        every = math.ceil(args.steps / 10)
         interval = {"eval_strategy": "steps", "eval_steps": every, "logging_strategy": "steps", "logging_steps": every}
     dtype = modeling.compute_dtype()
     config = SFTConfig(
@@ -276,9 +277,12 @@ def train_adapter(model, tokenizer, encoded, args, output_dir):
             callbacks=[EvaluateAtEnd()],
         )
     trainer.train()
-    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-        raise UserError("the adapter's weights became NaN or infinite; lower --learning_rate or raise the batch size")
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not (math.isfinite(log[-1].get("eval_loss", 0)) and all(parameter.isfinite().all() for parameter in trained)):
+        raise UserError(
+            "the adapter's weights or loss became NaN or infinite; no adapter written; lower --learning_rate"
+        )
     columns = ["epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     return pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
 

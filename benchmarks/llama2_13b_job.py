@@ -3,7 +3,7 @@
 Speed and memory do not depend on the values of the weights. Needs a GPU, 27 GB of disk, Llama 2's tokenizer and the
 labelled file daccord_yifei_v2_leo.json:
 
-python benchmarks/llama2_13b_job.py --tokenizer FOLDER --data daccord_yifei_v2_leo.json --work /tmp/llama13b
+python benchmarks/llama2_13b_job.py --tokenizer FOLDER --data daccord_yifei_v2_leo.json --work llama13b
 """
 
 import argparse

@@ -249,3 +249,26 @@ def test_rows_are_named_as_in_the_file(run, adapter):
     assert [records[row]["sentence"] for row in table["row"]] == table["sentence"].tolist()
     splits = read_splits("words.jsonl", load_task("sst2"))
     assert table[table["split"] == "validation"]["sentence"].tolist() == splits.validation["sentence"][:]
+
+
+def test_an_adapter_that_is_not_whole_is_refused_by_name(run, tmp_path, capsys):
+    folder = tmp_path / "work" / "models" / "tiny"
+    for content in ("[]", "{}", '{"options": {}, "task": {}, "data": {}}'):
+        (folder / "run.json").write_text(content)
+        run(code=2)
+        assert "models/tiny/run.json: has no " in capsys.readouterr().err
+    (folder / "adapter_model.safetensors").unlink()
+    run(code=2)
+    assert "models/tiny: has no adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_a_base_models_own_generation_defaults_take_no_part(run, tiny_base, adapter):
+    """A repetition penalty in the base model's repository would punish the labels, which stand in the prompt."""
+    before = predictions(run("--decoding", "greedy") / "greedy")
+    file = tiny_base / "generation_config.json"
+    text = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(text) | {"repetition_penalty": 50.0, "top_k": 1}))
+        assert predictions(run("--decoding", "greedy") / "greedy").equals(before)
+    finally:
+        file.write_text(text)

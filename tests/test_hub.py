@@ -214,7 +214,7 @@ def test_evaluate_downloads_the_adapter_and_scores_it(hub, adapter, reviews, tmp
     (tmp_path / "models").mkdir()
     log = run(hub, [*evaluate, "--split", "validation", "--decoding", "greedy"], tmp_path)
     assert "greedy" in log
-    folder = tmp_path / "models" / "adapter" / "evaluation" / "greedy"
+    folder = tmp_path / "models" / "someone" / "adapter" / "evaluation" / "greedy"
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]["n"] == 8
     with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
         predictions = list(csv.DictReader(file))

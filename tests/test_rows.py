@@ -100,7 +100,7 @@ def test_the_fingerprint_follows_rows_labels_and_sides(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "messages"),
     [
-        (['{"sentence": "x", "label_text": "pro"}'], ["line 1: label 'pro' is not one of task supp-anti-oth's"]),
+        (['{"sentence": "x", "label_text": "pro"}'], ["line 1: label 'pro' is not one of the task's"]),
         (['{"sentence": "x", "label_text": 1}'], ["line 1: no label"]),
         (['{"sentence": "x", "label_text": ""}'], ["line 1: no label"]),
         (['{"sentence": null, "label_text": "other"}'], ["line 1: no sentence"]),
@@ -136,3 +136,17 @@ def test_same_rows_with_byte_order_mark_windows_line_ends_and_line_separators_in
     windows = tmp_path / "windows.jsonl"
     windows.write_bytes(("\ufeff" + "\r\n\r\n".join(lines) + "\r\n").encode())
     assert read_splits(str(plain), TASK).fingerprint() == read_splits(str(windows), TASK).fingerprint()
+
+
+@pytest.mark.parametrize("line", ['{"sentence": "\\ud800", "label_text": "other"}', "[" * 100_000])
+def test_what_json_allows_but_no_text_holds_is_named(tmp_path, line):
+    file = tmp_path / "odd.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_splits(str(file), TASK)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "gone.csv", "{}/gone", "a/b/c"])
+def test_missing_local_data_are_not_looked_for_on_the_hub(tmp_path, name):
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_splits(name.format(tmp_path), TASK)

@@ -171,7 +171,7 @@ def epochs(run, capfd):
 
 
 def steps(run, capfd):
-    assert history(run("changed", "--steps", "21", "--train_batch_size", "8"))["step"].tolist()[-2:] == [20, 21]
+    assert history(run("changed", "--steps", "22", "--train_batch_size", "8"))["step"].tolist()[-2:] == [21, 22]
 
 
 def step_count(option, value, expected):
