@@ -83,8 +83,10 @@ def read_splits(dataset_name, task):
     rows = {split: check_records(records, task, notes) for split, records in found.items()}
     validation = rows.get("validation")
     if validation is None or _repeats(rows["train"], validation):
-        first = {row["sentence"].strip(): row for row in reversed(rows["train"])}
-        distinct = [row for row in rows["train"] if first[row["sentence"].strip()] is row]
+        first = {}
+        for row in rows["train"]:
+            first.setdefault(row["sentence"].strip(), row)
+        distinct = list(first.values())
         if len(distinct) < 2:
             raise UserError(f"{dataset_name}: {len(distinct)} row cannot be split into train and validation")
         if len(distinct) < len(rows["train"]):

