@@ -1,14 +1,16 @@
 """Score a fine-tuned adapter on the rows it was trained on and on those held out.
 
 python evaluate.py --adapters_name Llama-2-13b-chat-hf-epoch10
-python evaluate.py --adapters_name smollm2-epoch5 --decoding sample greedy --split validation
+python evaluate.py --adapters_name smollm2-epoch5 --decoding labels --split validation
 """
 
+import copy
 import json
 import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
@@ -26,10 +28,17 @@ from command_line import (
     replacing,
     seed,
 )
-from metrics import classification_metrics, confusion_counts
+from metrics import (
+    classification_metrics,
+    confusion_counts,
+    label_probabilities,
+    predicted_labels,
+    probability_metrics,
+)
 from prompts import answer_ids, encode_rows, parse_answer, task_from_fields
 from reports import draw_confusion_matrices, results_table
 from rows import read_splits
+from shared_prefix import label_log_probs, prefix_cache
 
 
 def build_parser():
@@ -38,7 +47,11 @@ def build_parser():
         "--adapters_name", required=True, help="a name under models/, an adapter's folder, or an adapter on the Hub"
     )
     parser.add_argument(
-        "--decoding", nargs="+", choices=("sample", "greedy"), default=["sample"], help="how answers are generated"
+        "--decoding",
+        nargs="+",
+        choices=("sample", "greedy", "labels"),
+        default=["sample", "labels"],
+        help="generate answers, as published or greedily, or score every label and take the most probable",
     )
     parser.add_argument("--temperature", type=positive_float, default=0.8, help="of --decoding sample")
     parser.add_argument(
@@ -119,7 +132,7 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
     """Return the texts that `model` generates after each of `prompts` (lists of ids), in their order.
 
     Stops at EOS and after `max_new_tokens`. `sampler(positions)` returns the RowSampler of a batch; without it decoding
-    is greedy. Batches hold prompts of like length, padded on the left.
+    is greedy. What all prompts begin with is computed once; batches hold prompts of like length, padded behind it.
     """
     config = GenerationConfig(
         do_sample=False,
@@ -128,16 +141,22 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    prefix, length = prefix_cache(model, prompts)
     order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
     outputs = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=description, unit="row") as progress:
         for start in range(0, len(order), batch_size):
             positions = order[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [prompts[position] for position in positions]}, return_tensors="pt").to(
-                model.device
-            )
+            batch = pad_behind([prompts[position] for position in positions], length, tokenizer.pad_token_id)
+            cache = copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(len(positions))
             processors = [sampler(positions)] if sampler else None
-            ids = model.generate(**batch, generation_config=config, logits_processor=processors)
+            ids = model.generate(
+                **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=processors,
+            )
             texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for position, text in zip(positions, texts, strict=True):
                 outputs[position] = text
@@ -145,9 +164,41 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
     return outputs
 
 
+def pad_behind(prompts, length, pad_token_id):
+    """Return input_ids and attention_mask, both (rows, tokens), of prompts padded behind their first `length` ids."""
+    longest = max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(
+            [
+                prompt[:length] + [pad_token_id] * gap + prompt[length:]
+                for prompt, gap in zip(prompts, gaps, strict=True)
+            ]
+        ),
+        "attention_mask": torch.tensor([[1] * length + [0] * gap + [1] * (longest - length - gap) for gap in gaps]),
+    }
+
+
 def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding):
-    """Return a DataFrame of predictions for one split: split, row, sentence, label_text, prediction, output."""
+    """Return a DataFrame of predictions for one split: split, row, sentence, label_text, prediction and more.
+
+    Generated answers add `output`, their text. Label scoring adds `p_<label>` for every label, the softmax over the
+    labels of log P(label, EOS | prompt), and `margin`: the prediction's probability less that of the runner-up.
+    """
     encoded, _ = encode_rows(tokenizer, task, rows, run["options"]["max_seq_length"])
+    prompts = [row["prompt_ids"] for row in encoded]
+    answers = [answer_ids(tokenizer, label) for label in task.labels]
+    table = rows.to_pandas()
+    table.insert(0, "split", split)
+    options = {"batch_size": args.batch_size, "description": f"{decoding} {split}"}
+    if decoding == "labels":
+        log_probs = label_log_probs(model, prompts, answers, **options)
+        probabilities = label_probabilities(log_probs)
+        table["prediction"] = predicted_labels(task.labels, log_probs)
+        table[probability_columns(task)] = probabilities
+        runner_up, first = np.sort(probabilities, axis=1)[:, -2:].T
+        table["margin"] = first - runner_up
+        return table
 
     def sampler(positions):
         return RowSampler(args.temperature, [f"{args.seed} {split} {position}" for position in positions])
@@ -155,17 +206,19 @@ def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding):
     outputs = generate_outputs(
         model,
         tokenizer,
-        [row["prompt_ids"] for row in encoded],
-        max_new_tokens=max(len(answer_ids(tokenizer, label)) for label in task.labels),
-        batch_size=args.batch_size,
+        prompts,
+        max_new_tokens=max(map(len, answers)),
         sampler=sampler if decoding == "sample" else None,
-        description=f"{decoding} {split}",
+        **options,
     )
-    table = rows.to_pandas()
-    table.insert(0, "split", split)
     table["prediction"] = [parse_answer(task, output) for output in outputs]
     table["output"] = outputs
     return table
+
+
+def probability_columns(task):
+    """Return the columns of predictions.csv that hold the labels' probabilities, in the order of the labels."""
+    return [f"p_{label}" for label in task.labels]
 
 
 def score(task, predictions):
@@ -175,6 +228,9 @@ def score(task, predictions):
         predicted = [label if isinstance(label, str) else None for label in table["prediction"]]
         metrics[split] = classification_metrics(task.labels, table["label_text"], predicted)
         counts[split] = confusion_counts(task.labels, table["label_text"], predicted)
+        if "margin" in table:
+            probabilities = table[probability_columns(task)].to_numpy()
+            metrics[split] |= probability_metrics(task.labels, table["label_text"], probabilities)
     return metrics, counts
 
 

@@ -2,9 +2,12 @@
 
 import math
 
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+import numpy as np
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 INVALID = -1  # the class index of an output that is no label
+CALIBRATION_BINS = 10
 
 
 def classification_metrics(labels, label_text, predictions):
@@ -32,6 +35,33 @@ def classification_metrics(labels, label_text, predictions):
             }
             for label, precision, recall, f1, support in zip(labels, *per_class, strict=True)
         },
+    }
+
+
+def predicted_labels(labels, log_probs):
+    """Return the most probable label of every row of `log_probs` (rows, labels); of equals the first."""
+    return [labels[column] for column in np.asarray(log_probs).argmax(axis=1)]
+
+
+def label_probabilities(log_probs):
+    """Return the softmax over the labels of `log_probs` (rows, labels), as float64."""
+    return softmax(np.asarray(log_probs, dtype=np.float64), axis=1)
+
+
+def probability_metrics(labels, label_text, probabilities):
+    """Return {"log_loss", "expected_calibration_error"} of `probabilities` (rows, labels) against `label_text`.
+
+    Log loss is the mean of -ln p(true label), in nats. The calibration error is that of the predicted label's
+    probability: |accuracy - mean probability| in ten bins of equal width, weighted by their rows (Guo et al. 2017,
+    arXiv:1706.04599); on few rows it is above 0 by chance alone.
+    """
+    truth = np.array(_indices(labels, label_text))
+    confidence, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, (predicted == truth) - confidence, minlength=CALIBRATION_BINS)
+    return {
+        "log_loss": float(log_loss(truth, probabilities, labels=range(len(labels)))),
+        "expected_calibration_error": float(np.abs(gaps).sum() / len(truth)),
     }
 
 

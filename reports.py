@@ -6,18 +6,37 @@ from matplotlib.figure import Figure
 
 
 def draw_training_curves(history, path):
-    """Draw training and validation loss over the epochs of `history` (a DataFrame as history.csv holds it) to a PNG."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for column, label in (("train_loss", "training"), ("eval_loss", "validation")):
-        points = history.dropna(subset=[column])
-        axes.plot(points["epoch"], points[column], marker="o", markersize=3, label=label)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("loss (nats per answer token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Draw losses and, below them, scores over the epochs of `history` (as history.csv holds it) to a PNG.
+
+    Accuracy and macro-F1 are those of label scoring; the epoch with the highest validation macro-F1 is marked.
+    """
+    figure = Figure(figsize=(7, 7.5), layout="constrained")
+    losses, scores = figure.subplots(2, 1, sharex=True)
+    for split, name, color in (("train", "training", "tab:blue"), ("eval", "validation", "tab:orange")):
+        style = {"color": color, "marker": "o", "markersize": 3}
+        points = history.dropna(subset=[f"{split}_loss"])
+        losses.plot(points["epoch"], points[f"{split}_loss"], label=name, **style)
+        points = history.dropna(subset=["eval_macro_f1"])
+        scores.plot(points["epoch"], points[f"{split}_macro_f1"], label=f"{name}, macro-F1", **style)
+        scores.plot(points["epoch"], points[f"{split}_accuracy"], label=f"{name}, accuracy", linestyle="--", **style)
+    best = best_line(history)
+    for axes in (losses, scores):
+        axes.axvline(best["epoch"], color="gray", linestyle=":", label=f"best epoch: {best['epoch']:g}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    scores.plot(best["epoch"], best["eval_macro_f1"], color="tab:orange", marker="*", markersize=14)
+    losses.set_ylabel("loss (nats per answer token)")
+    scores.set_ylabel("score")
+    scores.set_ylim(top=1.03)
+    scores.set_xlabel("epoch")
+    losses.legend()
+    scores.legend()
     figure.savefig(path, dpi=150)
+
+
+def best_line(history):
+    """Return the line of `history` with the highest validation macro-F1, the first of equals."""
+    return history.loc[history["eval_macro_f1"].idxmax()]
 
 
 def draw_confusion_matrices(labels, counts, path):
@@ -67,7 +86,13 @@ def model_card(run, history):
         tags=["lora", "qlora", "trl", "sft"],
     )
     length = f"{options['epoch']} epochs" if options["epoch"] else f"{options['steps']} steps"
-    last = history.dropna(subset=["eval_loss"]).iloc[-1]
+    kept = history.set_index("step").loc[run["kept_step"]]
+    chosen = ""
+    if options["keep"] == "best":
+        chosen = """
+This adapter is the one of all epochs that scored best on the validation rows: its score on those same rows is
+**optimistic**, and other sentences will give a lower one.
+"""
     labels = "\n".join(f"- {label}" for label in task["labels"])
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not None)
     pinned = run["base_model"]["package"] or f"revision {run['base_model']['revision'] or 'unknown: a local folder'}"
@@ -82,9 +107,12 @@ a text classifier for the task `{task["name"]}`. It answers with one of these la
 
 {labels}
 
-Trained for {length} on {data["train_rows"]} rows; {data["validation_rows"]} other rows were held out. Their loss at the
-end was {last["eval_loss"]:.4f} nats per answer token. How often its answers are right is not in this card until
-`python evaluate.py --adapters_name {run["adapters_name"]}` has measured it.
+Trained for {length} on {data["train_rows"]} rows; {data["validation_rows"]} other rows were held out. Saved after
+epoch {kept["epoch"]:g} (step {run["kept_step"]}). On the rows held out, with the most probable label as the answer:
+accuracy {kept["eval_accuracy"]:.4f}, macro-F1 {kept["eval_macro_f1"]:.4f}, loss {kept["eval_loss"]:.4f} nats per answer
+token.
+{chosen}
+`python evaluate.py --adapters_name {run["adapters_name"]}` measures more, generated answers among them.
 
 ## Prompt
 
@@ -107,5 +135,5 @@ Sentence: ...
 {settings}
 
 `run.json` holds all of this with library versions, the data's fingerprint and the base model's revision;
-`history.csv` holds the losses. {run["seconds"]:.0f} seconds on {run["device"]}.
+`history.csv` holds losses and scores. {run["seconds"]:.0f} seconds on {run["device"]}.
 """

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import modeling
@@ -31,13 +31,17 @@ from command_line import (
     replacing,
     seed,
 )
-from prompts import TASKS, encode_rows, load_task, task_fields
+from metrics import classification_metrics, predicted_labels
+from prompts import TASKS, answer_ids, encode_rows, load_task, task_fields
 from reports import draw_training_curves, model_card
 from rows import read_splits
-from shared_prefix import PaddedCollator, SharedPrefixCollator
+from shared_prefix import PaddedCollator, SharedPrefixCollator, label_log_probs
+from step_graph import GraphedStep
 
 DEFAULT_TASK = "supp-anti-oth"
 DEFAULT_EPOCHS = 10
+SCORED_TRAIN_ROWS = 200  # at most, after every epoch
+PAD_TO_MULTIPLE_OF = 64  # tokens, on a GPU: about 2 in 100 more of them, and few enough shapes to record each
 
 
 def build_parser():
@@ -70,7 +74,7 @@ def build_parser():
     )
     training.add_argument("--train_batch_size", type=positive_int, default=16, help="rows a batch in training")
     training.add_argument(
-        "--eval_batch_size", type=positive_int, default=8, help="rows a batch for the validation loss"
+        "--eval_batch_size", type=positive_int, default=8, help="rows a batch when they are scored after an epoch"
     )
     training.add_argument(
         "--gradient_accumulation_steps", type=positive_int, default=1, help="batches an optimiser step"
@@ -86,6 +90,19 @@ def build_parser():
     )
     training.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory"
+    )
+    training.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="adapter to save: after the last epoch, or after that with the highest validation macro-F1",
+    )
+    training.add_argument(
+        "--early_stopping_patience",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="stop after N evaluations without a higher validation macro-F1",
     )
     lora = parser.add_argument_group("adapter")
     lora.add_argument("--lora_r", type=positive_int, default=64, help="rank")
@@ -158,67 +175,100 @@ def check_output(args):
 
 
 def encode_splits(tokenizer, task, splits, max_seq_length):
-    """Return {split: Dataset of input_ids and labels}, with -100 for the prompt's tokens; prints what was cut."""
+    """Return {split: rows as `encode_rows` gives them} for train and validation; prints what was cut."""
     encoded = {}
     for split, rows in (("train", splits.train), ("validation", splits.validation)):
-        examples, cut = encode_rows(tokenizer, task, rows, max_seq_length)
-        encoded[split] = Dataset.from_list(
-            [
-                {
-                    "input_ids": example["prompt_ids"] + example["answer_ids"],
-                    "labels": [-100] * len(example["prompt_ids"]) + example["answer_ids"],
-                }
-                for example in examples
-            ]
-        )
+        encoded[split], cut = encode_rows(tokenizer, task, rows, max_seq_length)
         print(f"{split}: {len(rows)} rows, {cut} cut to {max_seq_length} tokens")
     for note in splits.notes:
         print(note)
     return encoded
 
 
+def sft_dataset(rows):
+    """Return encoded rows as a Dataset of input_ids and labels, with -100 for the prompt's tokens."""
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": row["prompt_ids"] + row["answer_ids"],
+                "labels": [-100] * len(row["prompt_ids"]) + row["answer_ids"],
+            }
+            for row in rows
+        ]
+    )
+
+
 class AnswerLossTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the loss computed at the answers' positions alone, for batches of shared_prefix.py.
+    """TRL's SFTTrainer with the loss at the answers' positions alone, for batches of shared_prefix.py.
 
     Its own loss projects every position onto the vocabulary where there is no Triton: on a CPU, half of a step's time
-    goes into logits of prompt tokens that nobody asked for.
+    goes into logits of prompt tokens that nobody asked for. `scored` is {"train": rows, "eval": rows}, each encoded,
+    to be scored at every evaluation; `answers` is {label: ids}. With `graphed` a step runs from a CUDA graph.
     """
+
+    def __init__(self, *args, scored, answers, graphed=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scored = scored
+        self.answers = answers
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.graphed_step = GraphedStep(self._step, trained) if graphed else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
-        total, outputs = self._summed_loss(model, inputs)
-        loss = total / (answer_tokens(inputs) if num_items_in_batch is None else num_items_in_batch)
+        following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        labels = following[:, inputs["logits_to_keep"]]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**rest, use_cache=False)
+        total = cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _summed_loss(self, model, inputs):
-        labels = inputs["labels"][:, 1:]  # the logits at position i are those of token i + 1
-        columns = (labels != -100).any(dim=0).nonzero().flatten()
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**rest, logits_to_keep=columns, use_cache=False)
-        logits = outputs.logits.flatten(0, 1).float()
-        return cross_entropy(logits, labels[:, columns].flatten(), reduction="sum"), outputs
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluate one batch, keeping its summed loss and its number of answer tokens for the mean over tokens."""
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Add the gradients of one batch and return its loss, from a recording of that step on a GPU."""
+        if self.graphed_step is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            total, _ = self._summed_loss(model, inputs)
-            tokens = answer_tokens(inputs)
-        self._evaluated.append((total.item(), tokens.item()))
-        return total / tokens, None, None
+        return self.graphed_step(
+            inputs | {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        )
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate; the loss is the mean over all answer tokens, whatever the batches, which Trainer's own is not."""
-        self._evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        totals, tokens = zip(*self._evaluated, strict=True)
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(totals) / sum(tokens)
-        return output
+    def _step(self, inputs):
+        batch = dict(inputs)
+        num_items_in_batch = batch.pop("num_items_in_batch")
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model_wrapped, batch, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Score every label of the rows in `scored`; log and return accuracy, macro-F1 and the validation loss.
 
-def answer_tokens(inputs):
-    """Return the number of answer tokens in a batch, a scalar tensor."""
-    return (inputs["labels"][:, 1:] != -100).sum()
+        The loss is the mean over the true answers' tokens, in nats, whatever the batches.
+        """
+        self.model.eval()
+        metrics = {}
+        for split, rows in self.scored.items():
+            with self.compute_loss_context_manager():
+                log_probs = label_log_probs(
+                    self.model,
+                    [row["prompt_ids"] for row in rows],
+                    list(self.answers.values()),
+                    batch_size=self.args.per_device_eval_batch_size,
+                    description=f"scoring {'validation' if split == 'eval' else split} rows",
+                )
+            labels = list(self.answers)
+            truth = [row["label_text"] for row in rows]
+            if split == "eval":
+                true_columns = torch.tensor([labels.index(label) for label in truth])
+                tokens = sum(len(row["answer_ids"]) for row in rows)
+                metrics["eval_loss"] = -log_probs.gather(1, true_columns[:, None]).double().sum().item() / tokens
+            numbers = classification_metrics(labels, truth, predicted_labels(labels, log_probs))
+            metrics |= {f"{split}_{name}": numbers[name] for name in ("accuracy", "macro_f1")}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -227,6 +277,35 @@ class EvaluateAtEnd(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.eval_strategy == "steps" and state.global_step == state.max_steps:
             control.should_evaluate = control.should_log = True
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the adapter's weights of the evaluation with the highest validation macro-F1, the first of equals."""
+
+    def __init__(self):
+        self.macro_f1, self.step, self.weights = -1.0, None, None
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        if metrics["eval_macro_f1"] > self.macro_f1:
+            self.macro_f1, self.step = metrics["eval_macro_f1"], state.global_step
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            self.weights = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+
+    def restore(self, model):
+        """Put the kept weights into `model`."""
+        model.load_state_dict(self.weights, strict=False)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' EarlyStoppingCallback without its advice to use checkpoints: KeepBest does that here."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        pass
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if control.should_training_stop and state.global_step < state.max_steps:
+            print(f"Stopped early: no higher validation macro-F1 in {self.early_stopping_patience} evaluations")
 
 
 def training_config(args, output_dir):
@@ -253,6 +332,8 @@ def training_config(args, output_dir):
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=None,  # rows are cut already, in their sentences
         save_strategy="no",
+        metric_for_best_model="eval_macro_f1",
+        greater_is_better=True,
         logging_nan_inf_filter=False,
         report_to=args.report_to,
     )
@@ -260,22 +341,46 @@ def training_config(args, output_dir):
     return config
 
 
-def train_adapter(model, tokenizer, encoded, args, output_dir):
-    """Train the adapter on `model` and return the history, a DataFrame with a line per evaluation.
-
-    `encoded` is what `encode_splits` returns. Columns: step, epoch, train_loss (mean since the line before),
-    eval_loss, both in nats per answer token, learning_rate and grad_norm.
-    """
+def build_trainer(model, tokenizer, task, encoded, args, output_dir):
+    """Return the AnswerLossTrainer of a run; `encoded` is what `encode_splits` returns."""
+    on_gpu = torch.cuda.is_available()
+    sample = torch.randperm(len(encoded["train"]), generator=torch.Generator().manual_seed(args.seed))
+    callbacks = [EvaluateAtEnd()]
+    if args.early_stopping_patience:
+        callbacks.append(EarlyStopping(args.early_stopping_patience))
+    collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
     with modeling.float32_adapter(model):
-        trainer = AnswerLossTrainer(
+        return AnswerLossTrainer(
             model=model,
             args=training_config(args, output_dir),
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
+            train_dataset=sft_dataset(encoded["train"]),
+            eval_dataset=sft_dataset(encoded["validation"]),
             processing_class=tokenizer,
-            data_collator=PaddedCollator(tokenizer.pad_token_id) if args.no_shared_prefix else SharedPrefixCollator(),
-            callbacks=[EvaluateAtEnd()],
+            data_collator=PaddedCollator(tokenizer.pad_token_id) if args.no_shared_prefix else collator,
+            callbacks=callbacks,
+            scored={
+                "train": [encoded["train"][row] for row in sample[:SCORED_TRAIN_ROWS].tolist()],
+                "eval": encoded["validation"],
+            },
+            answers={label: answer_ids(tokenizer, label) for label in task.labels},
+            # Padded batches have too many shapes, float16 a loss scale that changes, recomputing a random state to set.
+            graphed=on_gpu
+            and modeling.compute_dtype() == torch.bfloat16
+            and not (args.no_shared_prefix or args.gradient_checkpointing),
         )
+
+
+def train_adapter(model, tokenizer, task, encoded, args, output_dir):
+    """Train the adapter on `model`; return (history, the step whose adapter `model` then holds).
+
+    `encoded` is what `encode_splits` returns. The history is a DataFrame with a line per evaluation. Columns: step,
+    epoch, train_loss (mean since the line before), eval_loss, both in nats per answer token; train_accuracy,
+    train_macro_f1, eval_accuracy and eval_macro_f1 by label scoring; learning_rate and grad_norm.
+    """
+    trainer = build_trainer(model, tokenizer, task, encoded, args, output_dir)
+    best = KeepBest()
+    if args.keep == "best":
+        trainer.add_callback(best)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -283,11 +388,15 @@ def train_adapter(model, tokenizer, encoded, args, output_dir):
         raise UserError(
             "the adapter's weights or loss became NaN or infinite; no adapter written; lower --learning_rate"
         )
-    columns = ["epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    return pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
+    if args.keep == "best":
+        best.restore(model)
+    scores = [f"{split}_{score}" for split in ("train", "eval") for score in ("accuracy", "macro_f1")]
+    columns = ["epoch", "loss", "eval_loss", *scores, "learning_rate", "grad_norm"]
+    history = pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
+    return history, best.step or trainer.state.global_step
 
 
-def describe_run(args, task, splits, model, history, seconds):
+def describe_run(args, task, splits, model, history, kept_step, seconds):
     """Return run.json's dict: all that a reader or evaluate.py needs to know of this run."""
     return {
         "adapters_name": args.adapters_name,
@@ -304,6 +413,7 @@ def describe_run(args, task, splits, model, history, seconds):
         "device": modeling.device_name(),
         "compute_dtype": str(modeling.compute_dtype()).removeprefix("torch."),
         "steps": int(history["step"].iloc[-1]),
+        "kept_step": kept_step,
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
     }
@@ -355,8 +465,8 @@ def main(argv=None):
     )
     with replacing(folder) as part:
         start = time.perf_counter()
-        history = train_adapter(model, tokenizer, encoded, args, part)
-        run = describe_run(args, task, splits, model, history, time.perf_counter() - start)
+        history, kept_step = train_adapter(model, tokenizer, task, encoded, args, part)
+        run = describe_run(args, task, splits, model, history, kept_step, time.perf_counter() - start)
         save_run(part, model, tokenizer, run, history)
     if args.push_to_hub:
         push_to_hub(folder, args.push_to_hub)

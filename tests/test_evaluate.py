@@ -1,22 +1,25 @@
 """evaluate.py as a user runs it."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import write_json_lines
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer, GenerationMixin
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import evaluate
 import modeling
 import train
 from evaluate import RowSampler
-from metrics import classification_metrics, confusion_counts
+from metrics import classification_metrics, confusion_counts, probability_metrics
 from prompts import answer_ids, build_prompt, load_task
 from rows import read_splits
 
@@ -122,11 +125,73 @@ def test_greedy_answers_are_those_of_plain_steps_without_cache_or_batch(run, ada
         assert row.output == tokenizer.decode(answer, skip_special_tokens=True)
 
 
+def test_label_scoring_is_that_of_one_plain_forward_a_label(run):
+    table = predictions(run("--decoding", "labels") / "labels")
+    task, folder = load_task("sst2"), Path("models/tiny")
+    assert table.columns.tolist() == [
+        *("split", "row", "sentence", "label_text", "prediction", "p_positive", "p_negative", "margin")
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = json.loads((folder / "run.json").read_text())["base_model"]["name"]
+    model = modeling.load_adapter(modeling.load_base_model(base), folder)
+    for row in table.itertuples():
+        ids, scores = tokenizer(build_prompt(task, row.sentence), add_special_tokens=False).input_ids, []
+        for label in task.labels:
+            answer = answer_ids(tokenizer, label)
+            with torch.no_grad():
+                log_probs = model(torch.tensor([ids + answer]), use_cache=False).logits[0].log_softmax(-1)
+            scores.append(sum(log_probs[len(ids) - 1 + place, id_] for place, id_ in enumerate(answer)))
+        expected = torch.stack(scores).softmax(0).tolist()
+        assert [row.p_positive, row.p_negative] == pytest.approx(expected, abs=1e-4)
+        assert row.margin == pytest.approx(abs(expected[0] - expected[1]), abs=1e-4)
+        assert row.prediction == task.labels[expected.index(max(expected))]
+    assert len(set(table["prediction"])) == 2
+
+
+def test_label_scores_do_not_depend_on_the_batch_size_or_the_other_rows(run):
+    one, many = (predictions(run("--decoding", "labels", "--batch_size", size) / "labels") for size in (1, 30))
+    pd.testing.assert_frame_equal(one, many, rtol=1e-4)
+    alone = predictions(run("--decoding", "labels", "--split", "validation") / "labels")
+    pd.testing.assert_frame_equal(many[many["split"] == "validation"].reset_index(drop=True), alone, rtol=1e-4)
+
+
+def test_label_scoring_adds_log_loss_and_calibration_and_has_no_invalid_answer(run):
+    folder = run("--decoding", "labels") / "labels"
+    metrics, table = json.loads((folder / "metrics.json").read_text()), predictions(folder)
+    for split, rows in table.groupby("split"):
+        true = rows["p_positive"].where(rows["label_text"] == "positive", rows["p_negative"])
+        assert metrics[split]["log_loss"] == pytest.approx(-np.log(true).mean())
+        assert 0 <= metrics[split]["expected_calibration_error"] <= 1
+        assert metrics[split]["invalid"] == 0
+        assert metrics[split]["accuracy"] == (rows["prediction"] == rows["label_text"]).mean()
+
+
+def test_generation_computes_what_all_prompts_begin_with_once(run, adapter):
+    tokens = []
+    forward = LlamaMLP.forward
+
+    def seen(module, hidden):
+        tokens.append(hidden.shape[0] * hidden.shape[1])
+        return forward(module, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", seen)
+        run("--decoding", "greedy", "--split", "train", "--batch_size", "24")
+    task, tokenizer = load_task("sst2"), AutoTokenizer.from_pretrained("models/tiny")
+    rows = read_splits("words.jsonl", task).train
+    prompts = [tokenizer(build_prompt(task, row["sentence"]), add_special_tokens=False).input_ids for row in rows]
+    prefix = len(os.path.commonprefix(prompts))
+    assert tokens[0] == prefix > 40
+    assert tokens[2] == 24 * (max(map(len, prompts)) - prefix)  # tokens[1] is the second layer's prefix
+
+
 def decodings(run, capsys):
-    folder = run("--decoding", "sample", "greedy")
-    assert {path.name for path in folder.iterdir()} == {"sample", "greedy"}
+    folder = run("--decoding", "greedy")
+    assert {path.name for path in folder.iterdir()} == {"greedy"}
+    folder = run()
+    assert {path.name for path in folder.iterdir()} == {"greedy", "sample", "labels"}
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert {"sample", "greedy"} <= set(lines)
+    assert lines[-4:-1] == ["decoding", "sample", "labels"]  # one table, the published way and label scoring
 
 
 def temperature(run, capsys):
@@ -152,7 +217,7 @@ def batch_size(run, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", counted)
-        run("--batch_size", "7", "--split", "train")
+        run("--batch_size", "7", "--split", "train", "--decoding", "sample")
     assert sizes == [7, 7, 7, 3]
 
 
@@ -164,7 +229,7 @@ def splits(run, capsys):
 
 def base_only(run, capsys):
     folder = run("--base_only")
-    assert {path.name for path in folder.iterdir()} == {"base-sample"}
+    assert {path.name for path in folder.iterdir()} == {"base-sample", "base-labels"}
     assert (predictions(folder / "base-sample")["prediction"] == "").all()  # a random model
 
 
@@ -241,6 +306,21 @@ def test_metrics_by_hand():
         [1, 1, 0, 0],
         [0, 0, 0, 0],
     ]
+
+
+def test_probability_metrics_by_hand():
+    probabilities = np.array([[0.95, 0.05], [0.85, 0.15], [0.35, 0.65], [0.45, 0.55]])
+    result = probability_metrics(("a", "b"), ["a", "b", "b", "a"], probabilities)
+    assert result["log_loss"] == pytest.approx(-np.log([0.95, 0.15, 0.65, 0.45]).mean())
+    # right, wrong, right, wrong, each alone in its bin of a tenth: |1 - .95|, |0 - .85|, |1 - .65|, |0 - .55|
+    assert result["expected_calibration_error"] == pytest.approx((0.05 + 0.85 + 0.35 + 0.55) / 4)
+    # in one bin the errors cancel: two rows at 0.75, one of them right
+    result = probability_metrics(("a", "b"), ["a", "b"], np.array([[0.75, 0.25], [0.75, 0.25]]))
+    assert result["expected_calibration_error"] == pytest.approx(0.25)
+    assert probability_metrics(("a", "b"), ["a"], np.array([[1.0, 0.0]])) == {
+        "log_loss": pytest.approx(0),
+        "expected_calibration_error": 0,
+    }
 
 
 def test_rows_are_named_as_in_the_file(run, adapter):

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import evaluate
 import modeling
+import shared_prefix
 import train
 from prompts import encode_rows, load_task
 from rows import read_splits
@@ -107,6 +108,46 @@ def test_validation_loss_is_that_of_one_plain_forward_a_row(run, comments):
     assert history(folder)["eval_loss"].iloc[-1] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_scores_after_every_epoch_are_those_of_evaluate_py(run):
+    folder = run("scored", "--epoch", "3", "--train_batch_size", "4", "--learning_rate", "1e-2")
+    lines = history(folder)
+    assert lines.columns.tolist() == [
+        *("step", "epoch", "train_loss", "eval_loss", "train_accuracy", "train_macro_f1", "eval_accuracy"),
+        *("eval_macro_f1", "learning_rate", "grad_norm"),
+    ]
+    assert not lines.isna().any().any()
+    assert evaluate.main(["--adapters_name", "scored", "--decoding", "labels"]) == 0
+    metrics = json.loads((folder / "evaluation" / "labels" / "metrics.json").read_text())
+    for split, name in (("train", "train"), ("eval", "validation")):
+        for score in ("accuracy", "macro_f1"):
+            assert lines[f"{split}_{score}"].iloc[-1] == pytest.approx(metrics[name][score])
+    assert lines["train_accuracy"].nunique() > 1
+
+
+def rows_scored(run, *options):
+    """Return how many rows each batch held when label scoring was called in a run of train.py."""
+    sizes = []
+    tree = shared_prefix.LabelTree
+
+    def counted(prompts, *args):
+        sizes.append(len(prompts))
+        return tree(prompts, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix, "LabelTree", counted)
+        run("changed", *options)
+    return sizes
+
+
+def test_at_most_200_training_rows_are_scored(run, tmp_path):
+    records = [
+        {"sentence": f"film {number}", "label_text": ("positive", "negative")[number % 2]} for number in range(270)
+    ]
+    data = write_json_lines(tmp_path / "many.jsonl", records)
+    sizes = rows_scored(run, "--dataset_name", data, "--train_batch_size", "64", "--eval_batch_size", "100")
+    assert sizes == [100, 100, 54]  # 200 of 216 training rows, all validation rows
+
+
 def test_the_same_seed_gives_the_same_adapter_in_float32(run):
     first, again, other = run("first"), run("again"), run("other", "--seed", "1")
     assert same_weights(first, again)
@@ -182,8 +223,35 @@ def step_count(option, value, expected):
 
 
 def eval_batches(run, capfd):
-    run("changed", "--eval_batch_size", "1")
-    assert "4/4" in capfd.readouterr().err
+    sizes = rows_scored(run, "--eval_batch_size", "3")
+    assert sizes == [3, 3, 3, 3, 3, 1, 3, 1]  # 16 training and 4 validation rows
+
+
+WAVERING = ["--epoch", "6", "--train_batch_size", "4", "--learning_rate", "3e-2"]
+
+
+def keep(run, capfd):
+    last, best = run("last", *WAVERING), run("changed", *WAVERING, "--keep", "best")
+    scores = history(best).set_index("step")["eval_macro_f1"]
+    assert scores.idxmax() < scores.index[-1], "choose other settings: the last epoch is the best"
+    assert not same_weights(last, best)
+    assert json.loads((best / "run.json").read_text())["kept_step"] == scores.idxmax()
+    assert json.loads((last / "run.json").read_text())["kept_step"] == scores.index[-1]
+    assert "**optimistic**" in (best / "README.md").read_text()
+    assert f"macro-F1 {scores.max():.4f}" in (best / "README.md").read_text()
+    assert "optimistic" not in (last / "README.md").read_text()
+    assert evaluate.main(["--adapters_name", "changed", "--decoding", "labels", "--split", "validation"]) == 0
+    metrics = json.loads((best / "evaluation" / "labels" / "metrics.json").read_text())
+    assert metrics["validation"]["macro_f1"] == pytest.approx(scores.max())
+
+
+def patience(run, capfd):
+    whole, stopped = run("whole", *WAVERING), run("changed", *WAVERING, "--early_stopping_patience", "2")
+    scores = history(stopped)["eval_macro_f1"]
+    assert len(scores) < 6
+    assert len(scores) - 1 - scores.idxmax() == 2
+    pd.testing.assert_frame_equal(history(stopped), history(whole).head(len(scores)))
+    assert "Stopped early" in capfd.readouterr().out
 
 
 def changes_history(*options):
@@ -205,9 +273,9 @@ def checkpointing(run, capfd):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaMLP, "forward", counted)
         base = run("base")
-        assert len(calls) == 4  # 2 layers, in a training step and an evaluation step
+        plain = len(calls)
         changed = run("changed", "--gradient_checkpointing")
-        assert len(calls) - 4 == 6  # and once more in the step's backward
+        assert len(calls) - plain == plain + 2  # 2 layers, once more in the step's backward
     pd.testing.assert_frame_equal(history(base), history(changed), rtol=1e-4)
 
 
@@ -216,7 +284,8 @@ def padding(run, capfd):
     forward = LlamaMLP.forward
 
     def seen(module, hidden):
-        shapes.append(hidden.shape[0])
+        if module.training:
+            shapes.append(hidden.shape[0])
         return forward(module, hidden)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +294,7 @@ def padding(run, capfd):
         assert set(shapes) == {1}  # one sequence a batch
         shapes.clear()
         changed = run("changed", "--lora_dropout", "0", "--no_shared_prefix")
-        assert set(shapes) == {16, 4}  # a row each
+        assert set(shapes) == {16}  # a row each
     pd.testing.assert_frame_equal(history(base), history(changed), rtol=1e-3)
 
 
@@ -274,6 +343,8 @@ OPTIONS = {
     "--seed": changes_history("--seed", "7"),
     "--gradient_checkpointing": checkpointing,
     "--no_shared_prefix": padding,
+    "--keep": keep,
+    "--early_stopping_patience": patience,
     "--lora_r": rank,
     "--lora_alpha": changes_history("--lora_alpha", "64", "--learning_rate", "1e-2"),
     "--lora_dropout": changes_history("--lora_dropout", "0.6", "--learning_rate", "1e-2"),
