@@ -225,7 +225,7 @@ class AnswerLossTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add the gradients of one batch and return its loss, from a recording of that step on a GPU."""
-        if self.graphed_step is None:
+        if self.graphed_step is None or num_items_in_batch is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()

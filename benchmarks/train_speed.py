@@ -8,6 +8,7 @@ tokenizer of Llama 2. Every step is a whole optimiser step on real prompts and s
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import itertools
@@ -85,9 +86,12 @@ def base_model_name(args):
 
 
 def free_memory():
+    """Give back what is not in use, so that one measurement's peak holds nothing of the one before it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Peak:
@@ -321,16 +325,17 @@ def try_to(name, function, *arguments, **options):
 def measure_all(args, base):
     """Return {"main", "batch_size", "prefix": lines, "profile"}; train.py's own first, then the references."""
     on_gpu = torch.cuda.is_available()
-    steps, warm_up = (24, 8) if on_gpu else (3, 1)  # on a GPU, steps of new shapes are recorded first
+    steps, warm_up = (24, 8) if on_gpu else (2, 1)  # on a GPU, steps of new shapes are recorded first
     short = {"train.py": (8, 8), "train.py --no_shared_prefix": (4, 2)} if on_gpu else {}
     task = MAIN_TASK[args.model or args.shape]
+    sizes_to_measure = BATCH_SIZES[: None if on_gpu else -1] if args.curves else ()  # 32 padded rows take 19 GB
     main, sizes, prefixes = [], [], []
     model = load_with_adapter(base)
     for name, options in (("train.py", []), ("train.py --no_shared_prefix", ["--no_shared_prefix"])):
         few = short.get(name, (2, 1))
         many = few if options else (steps, warm_up)
         main.append(try_to(name, measure_train_py, args, base, model, task, 16, *many, *options))
-        for batch_size in BATCH_SIZES if args.curves else ():
+        for batch_size in sizes_to_measure:
             sizes.append(try_to(name, measure_train_py, args, base, model, task, batch_size, *few, *options))
         for other in PREFIX_TASKS if args.curves else ():
             prefixes.append(try_to(name, measure_train_py, args, base, model, other, 16, *few, *options))
@@ -339,18 +344,19 @@ def measure_all(args, base):
         plain = (args, base, model, task, 16, steps, warm_up)
         main.append(try_to("train.py, step not recorded", measure_train_py, *plain, recorded=False))
         profile = try_to("train.py, profiled", measure_train_py, *plain, profile=True)
-        profile["floor_seconds_per_step"] = floor_seconds(model, profile)
+        if "seconds_per_step" in profile:
+            profile["floor_seconds_per_step"] = floor_seconds(model, profile)
         del plain
     name = "train.py --gradient_checkpointing"
     checkpointed = (args, base, model, task, 16, *((8, 4) if on_gpu else (2, 1)))
     main.append(try_to(name, measure_train_py, *checkpointed, "--gradient_checkpointing"))
     del model, checkpointed
-    reference = (args, base, task, 16, 4 if on_gpu else 2, 2 if on_gpu else 1)
+    reference = (args, base, task, 16, *((4, 2) if on_gpu else (1, 1)))
     off = {"gradient_checkpointing": False}
     main.append(try_to(DEFAULTS, measure_trl, *reference))
-    main.append(try_to("TRL after prepare_model_for_kbit_training", measure_trl, *reference, loading="kbit"))
     main.append(try_to("TRL, gradient checkpointing off", measure_trl, *reference, **off))
     if on_gpu:
+        main.append(try_to("TRL after prepare_model_for_kbit_training", measure_trl, *reference, loading="kbit"))
         name = "TRL, checkpointing off, model loaded in bfloat16"
         main.append(try_to(name, measure_trl, *reference, loading="compute dtype", **off))
     if importlib.util.find_spec("unsloth"):
