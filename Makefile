@@ -25,7 +25,7 @@ test: setup
 demo: setup
 	@mkdir -p data
 	$(BIN)/papermill pre_processing.ipynb data/$(DEMO).ipynb \
-	  -p source movie_reviews -p task sst2 -p row_limit 300 -p test_size 0.6 -p output_dir data/$(DEMO)
+	  -p source movie_reviews -p task sst2 -p row_limit 280 -p test_size 0.6 -p output_dir data/$(DEMO)
 	$(BIN)/python train.py --base_model_name smollm2 --dataset_name data/$(DEMO) --max_seq_length 256 \
 	  --epoch 2 --train_batch_size 4 --learning_rate 1e-3 --adapters_name $(DEMO) --overwrite
 	$(BIN)/python evaluate.py --adapters_name $(DEMO)
