@@ -185,7 +185,8 @@ def test_training_and_inference_share_the_ids_of_the_whole_text(tokenizer, name)
         whole = tokenizer(f"{build_prompt(task, LEO)} {label}", split_special_tokens=True).input_ids
         assert prompt + answer == [*whole, tokenizer.eos_token_id]
         row = {"sentence": LEO, "label_text": label}
-        assert encode_rows(tokenizer, task, [row], 1024) == ([{"prompt_ids": prompt, "answer_ids": answer}], 0)
+        encoded = {"prompt_ids": prompt, "answer_ids": answer, "label_text": row["label_text"]}
+        assert encode_rows(tokenizer, task, [row], 1024) == ([encoded], 0)
 
 
 def test_special_tokens_in_a_sentence_are_ordinary_characters(tokenizer):
