@@ -125,15 +125,20 @@ def test_greedy_answers_are_those_of_plain_steps_without_cache_or_batch(run, ada
         assert row.output == tokenizer.decode(answer, skip_special_tokens=True)
 
 
-def test_label_scoring_is_that_of_one_plain_forward_a_label(run):
-    table = predictions(run("--decoding", "labels") / "labels")
+@pytest.mark.parametrize("tuned", [True, False])
+def test_label_scoring_is_that_of_one_plain_forward_a_label(run, tuned):
+    """The tuned model is sure of every row, the base model of none: margins are seen in full only there."""
+    folder = run("--decoding", "labels", *([] if tuned else ["--base_only"]))
+    table = predictions(folder / ("labels" if tuned else "base-labels"))
     task, folder = load_task("sst2"), Path("models/tiny")
     assert table.columns.tolist() == [
         *("split", "row", "sentence", "label_text", "prediction", "p_positive", "p_negative", "margin")
     ]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = json.loads((folder / "run.json").read_text())["base_model"]["name"]
-    model = modeling.load_adapter(modeling.load_base_model(base), folder)
+    model = modeling.load_base_model(base)
+    if tuned:
+        model = modeling.load_adapter(model, folder)
     for row in table.itertuples():
         ids, scores = tokenizer(build_prompt(task, row.sentence), add_special_tokens=False).input_ids, []
         for label in task.labels:
