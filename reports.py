@@ -86,12 +86,14 @@ def model_card(run, history):
         tags=["lora", "qlora", "trl", "sft"],
     )
     length = f"{options['epoch']} epochs" if options["epoch"] else f"{options['steps']} steps"
+    if options["early_stopping_patience"]:
+        length = f"at most {length} (until {history['epoch'].iloc[-1]:g} epochs, {run['steps']} steps)"
     kept = history.set_index("step").loc[run["kept_step"]]
     chosen = ""
     if options["keep"] == "best":
         chosen = """
-This adapter is the one of all epochs that scored best on the validation rows: its score on those same rows is
-**optimistic**, and other sentences will give a lower one.
+This adapter is the one of all evaluated that scored best on the validation rows: its score on those same rows is
+**optimistic**, and other sentences will probably give a lower one.
 """
     labels = "\n".join(f"- {label}" for label in task["labels"])
     settings = "\n".join(f"| {name} | {value} |" for name, value in options.items() if value is not None)

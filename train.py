@@ -470,7 +470,8 @@ def main(argv=None):
         save_run(part, model, tokenizer, run, history)
     if args.push_to_hub:
         push_to_hub(folder, args.push_to_hub)
-    print(f"Adapter, history and curves: {folder}\nNext: python evaluate.py --adapters_name {args.adapters_name}")
+    print(f"Adapter (after step {kept_step} of {run['steps']}), history and curves: {folder}")
+    print(f"Next: python evaluate.py --adapters_name {args.adapters_name}")
 
 
 if __name__ == "__main__":
