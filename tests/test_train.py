@@ -252,6 +252,7 @@ def patience(run, capfd):
     assert len(scores) - 1 - scores.idxmax() == 2
     pd.testing.assert_frame_equal(history(stopped), history(whole).head(len(scores)))
     assert "Stopped early" in capfd.readouterr().out
+    assert f"at most 6 epochs (until {len(scores)} epochs" in (stopped / "README.md").read_text()
 
 
 def changes_history(*options):
