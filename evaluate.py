@@ -261,7 +261,8 @@ def main(argv=None):
         tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in rows]
         predictions = pd.concat(tables)
         results[decoding], counts = score(task, predictions)
-        settings = vars(args) | {
+        unused = () if decoding == "sample" else ("temperature", "seed")
+        settings = {name: value for name, value in vars(args).items() if name not in unused} | {
             "decoding": decoding,
             "device": modeling.device_name(),
             "versions": modeling.library_versions(),

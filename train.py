@@ -100,7 +100,7 @@ def build_parser():
     training.add_argument(
         "--early_stopping_patience",
         type=positive_int,
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="N",
         help="stop after N evaluations without a higher validation macro-F1",
     )
@@ -127,7 +127,10 @@ def build_parser():
         help="log the losses there too",
     )
     output.add_argument(
-        "--push_to_hub", metavar="REPO", default=None, help="upload the adapter there; a new repository is private"
+        "--push_to_hub",
+        metavar="REPO",
+        default=argparse.SUPPRESS,
+        help="upload the adapter there; a new repository is private",
     )
     return parser
 
@@ -144,6 +147,8 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     args.epoch = getattr(args, "epoch", None)
     args.steps = getattr(args, "steps", None)
+    args.early_stopping_patience = getattr(args, "early_stopping_patience", None)
+    args.push_to_hub = getattr(args, "push_to_hub", None)
     if args.steps is None and args.epoch is None:
         args.epoch = DEFAULT_EPOCHS
     args.task = getattr(args, "task", None) or _task_beside(getattr(args, "dataset_name", None)) or DEFAULT_TASK
