@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -232,12 +233,8 @@ def measure_train_py(args, base, model, task, batch_size, steps, warm_up, *optio
         result = measure(trainer, warm_up)
         result |= {"kernel_milliseconds": kernels.milliseconds} if profile else {}
     lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in encoded["train"]]
-    prefix = len(common_prefix([row["prompt_ids"] for row in encoded["train"]]))
+    prefix = len(os.path.commonprefix([row["prompt_ids"] for row in encoded["train"]]))
     return result | {"task": task, "batch_size": batch_size, "prefix": prefix, "row_tokens": statistics.mean(lengths)}
-
-
-def common_prefix(sequences):
-    return [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False))]
 
 
 def measure_trl(args, base, task, batch_size, steps, warm_up, *, loading="trl", **options):
