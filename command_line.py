@@ -5,15 +5,33 @@ Used by train.py, evaluate.py and merge_labels.py; nothing here knows about mode
 
 import argparse
 import contextlib
+import errno
 import functools
+import glob
+import json
+import math
 import os
 import shutil
+import signal
+import socket
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
+
+import psutil
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what, where, and what to do."""
+
+
+class CutOff(UserError):
+    """A UserError that is about the machine, such as a full disk: the same run can go on once that is put right."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it before it kills: handled as Ctrl-C is, but with exit code 143."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -24,55 +42,133 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}; see python {self.prog} --help\n")
 
 
 def one_line_errors(main):
-    """Decorate a command's `main(argv)`: returns 0, 2 after a `UserError` (one line on stderr), or 130 after Ctrl-C."""
+    """Decorate a command's `main(argv)`: it returns 0, or after one line on stderr 2, 130 (Ctrl-C) or 143 (SIGTERM)."""
 
     @functools.wraps(main)
     def guarded(argv=None):
+        program = Path(main.__code__.co_filename).name
         try:
-            main(argv)
+            with _terminated_by_sigterm():
+                main(argv)
         except UserError as error:
-            program = Path(main.__code__.co_filename).name
-            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print(f"{Path(main.__code__.co_filename).name}: interrupted", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as stop:
+            print(f"{program}: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
+            return 143 if isinstance(stop, Terminated) else 130
         return 0
 
     return guarded
+
+
+def _one_line(message):
+    """Return a message without line breaks and with control characters as escapes: a terminal would obey them."""
+    text = " ".join(str(message).split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+@contextlib.contextmanager
+def _terminated_by_sigterm():
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield
+        return
+
+    def stop(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def replacing(target):
     """Yield a path beside `target` to write a file or a folder to; it takes `target`'s place only when all is written.
 
-    After an error (or an interrupt) inside the block `target` is what it was and the temporary path is gone.
+    After an error (or an interrupt) inside the block `target` is what it was and the temporary path is gone. What a
+    killed process left beside `target` goes first. Raises UserError where `target` cannot be written.
     """
     target = Path(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = _beside(target, "part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        if part.is_dir() and target.is_dir():  # a folder cannot replace a folder that is not empty in one step
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            os.replace(target, old)
-            os.replace(part, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, target)
-    except OSError as error:
-        if isinstance(error, ConnectionError | TimeoutError):  # these are not about files
-            raise
-        raise UserError(f"{target}: cannot write it ({error.strerror or error}); choose another place") from error
+        with writing_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target)
+            yield part
+            sync(part)
+            if part.is_dir() and target.is_dir():  # a folder cannot replace a folder that is not empty in one step
+                old = _beside(target, "old")
+                os.replace(target, old)
+                os.replace(part, target)
+                shutil.rmtree(old)
+            else:
+                os.replace(part, target)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        remove(part)
+
+
+def _beside(target, ending):
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{ending}")
+
+
+def _remove_leftovers(target):
+    """Remove the temporary files beside `target` of processes of this machine that are no longer there."""
+    host = socket.gethostname()
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(host)}.*.*"):
+        pid = path.name.split(".")[-2]
+        if path.name.endswith((".part", ".old")) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            remove(path)
+
+
+def remove(path):
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Return when a file, or a folder and all that is in it, is on the disk and not only in the system's memory."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing_errors(target):
+    """Turn what goes wrong in writing `target` into a UserError that names it, and says where the disk is full.
+
+    torch and safetensors raise their own exceptions there, some of them without the system's error number.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, ConnectionError | TimeoutError):  # OSErrors, but not about files
+            raise
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or _looks_full(error):
+            raise CutOff(f"{target}: the disk is full, it was not written; free space there and try again") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot write it ({error.strerror or error}); choose another place") from error
+        raise
+
+
+def _looks_full(error):
+    text = str(error)
+    torchs_own = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "file write failed" in text)
+    return torchs_own or "os error 28" in text or "No space left" in text
 
 
 @contextlib.contextmanager
@@ -125,6 +221,39 @@ def _hub_reason(error):
     if names & {"EmptyDatasetError", "DataFilesNotFoundError"}:
         return "it holds no data files, such as train.jsonl"
     return None
+
+
+def read_json(text):
+    """Return what the JSON `text` holds; raises ValueError, with a short reason, where it cannot be relied on.
+
+    That is what is no JSON, and what json.loads lets pass: NaN and numbers too large for a float, a key that stands
+    twice in an object (the last one would win), and half a surrogate pair, which no file can hold.
+    """
+
+    def finite(number):
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number} is not a finite number")
+        return value
+
+    def distinct(pairs):
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {key!r} stands twice in an object")
+        return fields
+
+    try:
+        value = json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=distinct)
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text.strip() else ""
+        raise ValueError(f"{error.msg}: {line}column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
 
 
 def positive_int(text):

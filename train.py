@@ -9,26 +9,35 @@ import importlib.util
 import json
 import math
 import re
+import shlex
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import EarlyStoppingCallback, TrainerCallback
+from torch.nn.utils import get_total_norm
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
+import checkpoints
 import modeling
 from command_line import (
     CommandParser,
+    CutOff,
     UserError,
     hub_errors,
     one_line_errors,
     positive_float,
     positive_int,
-    replacing,
     seed,
 )
 from metrics import classification_metrics, predicted_labels
@@ -42,6 +51,17 @@ DEFAULT_TASK = "supp-anti-oth"
 DEFAULT_EPOCHS = 10
 SCORED_TRAIN_ROWS = 200  # at most, after every epoch
 PAD_TO_MULTIPLE_OF = 64  # tokens, on a GPU: about 2 in 100 more of them, and few enough shapes to record each
+# What may differ when a run is resumed: no digit of the result depends on it, or (task, data) its content is compared.
+FREE_OPTIONS = {
+    "adapters_name",
+    "overwrite",
+    "resume",
+    "save_steps",
+    "gradient_checkpointing",
+    "push_to_hub",
+    "report_to",
+}
+FREE_OPTIONS |= {"task", "dataset_name"}
 
 
 def build_parser():
@@ -117,8 +137,19 @@ def build_parser():
         default=argparse.SUPPRESS,
         help="folder under models/ (default: <last part of the base model's name>-epoch<N> or -step<N>)",
     )
-    output.add_argument(
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument(
         "--overwrite", action="store_true", help="replace an adapter of that name once training is done"
+    )
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint of a run that was cut off"
+    )
+    output.add_argument(
+        "--save_steps",
+        type=positive_int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="optimiser steps between checkpoints (default: one after every epoch, or ten times in a run by --steps)",
     )
     output.add_argument(
         "--report_to",
@@ -149,6 +180,7 @@ def parse_args(argv=None):
     args.steps = getattr(args, "steps", None)
     args.early_stopping_patience = getattr(args, "early_stopping_patience", None)
     args.push_to_hub = getattr(args, "push_to_hub", None)
+    args.save_steps = getattr(args, "save_steps", None)
     if args.steps is None and args.epoch is None:
         args.epoch = DEFAULT_EPOCHS
     args.task = getattr(args, "task", None) or _task_beside(getattr(args, "dataset_name", None)) or DEFAULT_TASK
@@ -170,12 +202,11 @@ def _task_beside(dataset_name):
 
 
 def check_output(args):
-    """Return the folder of the adapter; raise UserError where its name is no folder name or it exists."""
+    """Return the folder of the adapter; raise UserError where its name is no folder name or it cannot be used."""
     if not re.fullmatch(r"[A-Za-z0-9_][\w.\-]*", args.adapters_name, re.ASCII):
         raise UserError(f"--adapters_name {args.adapters_name!r}: use letters, digits, '.', '_' and '-' only")
     folder = modeling.MODELS / args.adapters_name
-    if folder.exists() and not args.overwrite:
-        raise UserError(f"{folder}: exists; pass --overwrite to replace it, or name another --adapters_name")
+    checkpoints.check_folder(folder, args.resume, args.overwrite)
     return folder
 
 
@@ -208,13 +239,15 @@ class AnswerLossTrainer(SFTTrainer):
 
     Its own loss projects every position onto the vocabulary where there is no Triton: on a CPU, half of a step's time
     goes into logits of prompt tokens that nobody asked for. `scored` is {"train": rows, "eval": rows}, each encoded,
-    to be scored at every evaluation; `answers` is {label: ids}. With `graphed` a step runs from a CUDA graph.
+    to be scored at every evaluation; `answers` is {label: ids}. With `graphed` a step runs from a CUDA graph. `best` is
+    the run's KeepBest or None: its weights belong to a checkpoint.
     """
 
-    def __init__(self, *args, scored, answers, graphed=False, **kwargs):
+    def __init__(self, *args, scored, answers, best=None, graphed=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.scored = scored
         self.answers = answers
+        self.best = best
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.graphed_step = GraphedStep(self._step, trained) if graphed else None
 
@@ -231,13 +264,15 @@ class AnswerLossTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add the gradients of one batch and return its loss, from a recording of that step on a GPU."""
         if self.graphed_step is None or num_items_in_batch is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
-            model.train()
-        inputs = self._prepare_inputs(inputs)
-        return self.graphed_step(
-            inputs | {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
-        )
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            count = {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+            loss = self.graphed_step(self._prepare_inputs(inputs) | count)
+        if not loss.isfinite():
+            raise not_finite("loss", self.state.global_step + 1, self.args)
+        return loss
 
     def _step(self, inputs):
         batch = dict(inputs)
@@ -275,6 +310,107 @@ class AnswerLossTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint, whole or not at all; transformers resumes from what it writes itself."""
+        folder = Path(self.args.output_dir)
+        with checkpoints.checkpoint(folder, self.state.global_step) as part:
+            self.args.output_dir = str(part)
+            try:
+                super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's adds a model card, of another model
+            finally:
+                self.args.output_dir = str(folder)
+            written = part / f"checkpoint-{self.state.global_step}"
+            for file in written.iterdir():
+                file.rename(part / file.name)
+            written.rmdir()
+            if self.best:
+                self.best.save(part)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the adapter alone: no pickled options."""
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def go_on(self, checkpoint):
+        """Train from a checkpoint on; from one after the last step, which transformers would overstep, only load it."""
+        if self.best:
+            self.best.load(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint))
+
+
+def not_finite(what, step, args):
+    """Return the UserError for a loss or weights that are NaN or infinite after or in `step`."""
+    return UserError(
+        f"step {step}: the {what} became NaN or infinite, so training stopped and no adapter was written; lower "
+        f"--learning_rate (it is {args.learning_rate:g}) or --lora_alpha, or raise --train_batch_size"
+    )
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends the run at the step after which a weight of the adapter is NaN or infinite, before it can be saved."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not get_total_norm(weights).isfinite():  # of one weight that is not, the norm is not
+            raise not_finite("adapter's weights", state.global_step, args)
+
+
+class SaveCheckpoints(TrainerCallback):
+    """Has a checkpoint written every `every` steps, or where that is None after an epoch, and after the last step.
+
+    At an epoch's end only after its evaluation: resumed from between the two, a run would leave the evaluation out.
+    """
+
+    def __init__(self, every):
+        self.every = every
+
+    def _due(self, state):
+        return state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "steps" or not state.epoch.is_integer():
+            control.should_save = bool(self._due(state))
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "epoch":
+            control.should_save = bool(self.every is None or self._due(state) or control.should_training_stop)
+
+
+class Remembered(ExportableState):
+    """A callback whose attributes named in `remembered` are part of a checkpoint and restored from it."""
+
+    remembered = ()
+
+    def state(self):
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.remembered}}
+
+    def recall(self, state):
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
+
+class LossSum(TrainerCallback, Remembered):
+    """Keeps the sum of losses since the last logged line, which transformers forgets in a checkpoint between lines."""
+
+    remembered = ("loss_sum", "logged_step")
+
+    def __init__(self):
+        self.trainer, self.loss_sum, self.logged_step = None, 0.0, 0
+
+    def state(self):
+        if self.trainer and hasattr(self.trainer, "_tr_loss"):
+            self.loss_sum = self.trainer._tr_loss.item()
+            self.logged_step = self.trainer._globalstep_last_logged
+        return super().state()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.recall(state)
+        self.trainer._tr_loss.fill_(self.loss_sum)
+        self.trainer._globalstep_last_logged = self.logged_step
+
 
 class EvaluateAtEnd(TrainerCallback):
     """Evaluates and logs after the last step, which regular steps may miss."""
@@ -286,6 +422,8 @@ class EvaluateAtEnd(TrainerCallback):
 
 class KeepBest(TrainerCallback):
     """Keeps the adapter's weights of the evaluation with the highest validation macro-F1, the first of equals."""
+
+    FILE = "best_weights.safetensors"
 
     def __init__(self):
         self.macro_f1, self.step, self.weights = -1.0, None, None
@@ -300,12 +438,29 @@ class KeepBest(TrainerCallback):
         """Put the kept weights into `model`."""
         model.load_state_dict(self.weights, strict=False)
 
+    def save(self, folder):
+        """Write what is kept to a checkpoint's folder, if there is anything yet."""
+        if self.weights:
+            about = {"step": str(self.step), "macro_f1": repr(self.macro_f1)}
+            save_file(self.weights, folder / self.FILE, metadata=about)
 
-class EarlyStopping(EarlyStoppingCallback):
+    def load(self, folder):
+        """Read back what `save` wrote, if it did."""
+        if (folder / self.FILE).is_file():
+            with safe_open(folder / self.FILE, framework="pt") as file:
+                self.weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                about = file.metadata()
+            self.step, self.macro_f1 = int(about["step"]), float(about["macro_f1"])
+
+
+class EarlyStopping(EarlyStoppingCallback, Remembered):
     """transformers' EarlyStoppingCallback without its advice to use checkpoints: KeepBest does that here."""
 
+    remembered = ("early_stopping_patience_counter",)
+    state = Remembered.state
+
     def on_train_begin(self, args, state, control, **kwargs):
-        pass
+        self.recall(state)
 
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
@@ -336,7 +491,7 @@ def training_config(args, output_dir):
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=None,  # rows are cut already, in their sentences
-        save_strategy="no",
+        save_strategy="no",  # SaveCheckpoints says when
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
         logging_nan_inf_filter=False,
@@ -350,12 +505,13 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
     """Return the AnswerLossTrainer of a run; `encoded` is what `encode_splits` returns."""
     on_gpu = torch.cuda.is_available()
     sample = torch.randperm(len(encoded["train"]), generator=torch.Generator().manual_seed(args.seed))
-    callbacks = [EvaluateAtEnd()]
+    loss_sum, best = LossSum(), KeepBest() if args.keep == "best" else None
+    callbacks = [StopAtNaN(), EvaluateAtEnd(), loss_sum, *([best] if best else [])]
     if args.early_stopping_patience:
         callbacks.append(EarlyStopping(args.early_stopping_patience))
     collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
     with modeling.float32_adapter(model):
-        return AnswerLossTrainer(
+        loss_sum.trainer = AnswerLossTrainer(
             model=model,
             args=training_config(args, output_dir),
             train_dataset=sft_dataset(encoded["train"]),
@@ -368,42 +524,49 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
                 "eval": encoded["validation"],
             },
             answers={label: answer_ids(tokenizer, label) for label in task.labels},
+            best=best,
             # Padded batches have too many shapes, float16 a loss scale that changes, recomputing a random state to set.
             graphed=on_gpu
             and modeling.compute_dtype() == torch.bfloat16
             and not (args.no_shared_prefix or args.gradient_checkpointing),
         )
+    return loss_sum.trainer
 
 
-def train_adapter(model, tokenizer, task, encoded, args, output_dir):
+def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None):
     """Train the adapter on `model`; return (history, the step whose adapter `model` then holds).
 
-    `encoded` is what `encode_splits` returns. The history is a DataFrame with a line per evaluation. Columns: step,
-    epoch, train_loss (mean since the line before), eval_loss, both in nats per answer token; train_accuracy,
-    train_macro_f1, eval_accuracy and eval_macro_f1 by label scoring; learning_rate and grad_norm.
+    `encoded` is what `encode_splits` returns; checkpoints go to `folder`, and training goes on from `checkpoint`. The
+    history is a DataFrame with a line per evaluation. Columns: step, epoch, train_loss (mean since the line before),
+    eval_loss, both in nats per answer token; train_accuracy, train_macro_f1, eval_accuracy and eval_macro_f1 by label
+    scoring; learning_rate and grad_norm. Raises UserError where loss or weights become NaN or infinite, memory or disk
+    is full.
     """
-    trainer = build_trainer(model, tokenizer, task, encoded, args, output_dir)
-    best = KeepBest()
-    if args.keep == "best":
-        trainer.add_callback(best)
-    trainer.train()
+    advice = (
+        f"a batch has {args.train_batch_size} rows of up to {args.max_seq_length} tokens; lower --train_batch_size "
+        "(and raise --gradient_accumulation_steps as much), --eval_batch_size or --max_seq_length, or pass "
+        "--gradient_checkpointing"
+    )
+    with modeling.memory_errors(advice):
+        trainer = build_trainer(model, tokenizer, task, encoded, args, folder)
+        trainer.add_callback(SaveCheckpoints(args.save_steps or trainer.args.eval_steps))
+        if checkpoint:
+            trainer.go_on(checkpoint)
+        else:
+            trainer.train()
+    if trainer.best:
+        trainer.best.restore(model)
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (math.isfinite(log[-1].get("eval_loss", 0)) and all(parameter.isfinite().all() for parameter in trained)):
-        raise UserError(
-            "the adapter's weights or loss became NaN or infinite; no adapter written; lower --learning_rate"
-        )
-    if args.keep == "best":
-        best.restore(model)
     scores = [f"{split}_{score}" for split in ("train", "eval") for score in ("accuracy", "macro_f1")]
     columns = ["epoch", "loss", "eval_loss", *scores, "learning_rate", "grad_norm"]
     history = pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
-    return history, best.step or trainer.state.global_step
+    return history, trainer.best.step if trainer.best else trainer.state.global_step
 
 
-def describe_run(args, task, splits, model, history, kept_step, seconds):
-    """Return run.json's dict: all that a reader or evaluate.py needs to know of this run."""
+def describe_run(args, task, splits):
+    """Return what run.json says of a run before its model is loaded: what it depends on."""
     return {
+        "format": modeling.RUN_FORMAT,
         "adapters_name": args.adapters_name,
         "options": vars(args),
         "task": task_fields(task),
@@ -413,15 +576,51 @@ def describe_run(args, task, splits, model, history, kept_step, seconds):
             "train_rows": len(splits.train),
             "validation_rows": len(splits.validation),
         },
-        "base_model": modeling.describe_base_model(args.base_model_name, model),
         "versions": modeling.library_versions(),
         "device": modeling.device_name(),
         "compute_dtype": str(modeling.compute_dtype()).removeprefix("torch."),
-        "steps": int(history["step"].iloc[-1]),
-        "kept_step": kept_step,
-        "seconds": round(seconds, 1),
-        "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
     }
+
+
+def load_model(args, earlier=None):
+    """Return (base model with a fresh adapter, what pins the base model).
+
+    `earlier` is the dict of the run to resume: raises UserError where the base model is no longer that run's.
+    """
+    pinned = earlier["base_model"] if earlier else {"revision": None}
+    model = modeling.load_base_model(args.base_model_name, pinned["revision"])
+    base = modeling.describe_base_model(args.base_model_name, model)
+    if earlier and base != pinned:
+        raise UserError(
+            f"--base_model_name {args.base_model_name}: its weights were others when the run was started (fingerprint "
+            f"{pinned['fingerprint'][:12]}) than now ({base['fingerprint'][:12]}); restore them, or start anew with "
+            "--overwrite"
+        )
+    adapter = modeling.add_adapter(
+        model,
+        args.base_model_name,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        seed=args.seed,
+    )
+    return adapter, base
+
+
+@contextmanager
+def saying_how_to_resume(folder, argv):
+    """Add to the message of a run that was cut off or failed which checkpoint is kept, and how to go on from it."""
+    try:
+        yield
+    except (KeyboardInterrupt, UserError) as error:
+        message = str(error) or "interrupted"
+        whole, _ = checkpoints.find_checkpoints(folder, read=False)
+        if whole and isinstance(error, KeyboardInterrupt | CutOff):
+            options = [option for option in argv if option not in ("--overwrite", "--resume")]
+            command = shlex.join(["python", "train.py", *options, "--resume"])
+            message += f"; kept: {whole[-1]}; to go on: {command}"
+        raise type(error)(message) from error
 
 
 def save_run(folder, model, tokenizer, run, history):
@@ -445,37 +644,60 @@ def push_to_hub(folder, repository):
     print(f"Uploading {folder}; should that fail, it stays here and can be sent with: hf upload {repository} {folder}")
     with hub_errors(repository, "--push_to_hub"):
         commit = HfApi().upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["runs/*", "evaluation/*"], commit_message="Adapter"
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=["runs/*", "evaluation/*", "checkpoints/*", ".*"],
+            commit_message="Adapter",
         )
     print(f"Uploaded to {commit.commit_url}")
+
+
+def run_training(args, task, splits, tokenizer, encoded, folder):
+    """Train, or go on with a run that was cut off, and write the result to `folder`; return run.json's dict.
+
+    A run to resume that is finished is left as it is.
+    """
+    run = describe_run(args, task, splits)
+    earlier = checkpoint = None
+    if args.resume:
+        earlier = checkpoints.read_run(folder)
+        checkpoints.check_same(earlier, run, FREE_OPTIONS)
+        if checkpoints.is_finished(folder):
+            print(f"{folder}: this run is finished")
+            return earlier
+        checkpoint = checkpoints.newest_checkpoint(folder)
+        print(f"Resuming from {checkpoint}")
+    model, run["base_model"] = load_model(args, earlier)
+    start = time.perf_counter()
+    with checkpoints.in_progress(folder, None if args.resume else run):
+        history, kept_step = train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint)
+    run |= {
+        "resumed_from": checkpoint and checkpoint.name,
+        "steps": int(history["step"].iloc[-1]),
+        "kept_step": kept_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
+    }
+    with checkpoints.result(folder) as part:
+        save_run(part, model, tokenizer, run, history)
+    return run
 
 
 @one_line_errors
 def main(argv=None):
     args, task = parse_args(argv)
     folder = check_output(args)
+    modeling.check_memory(args.base_model_name)
     splits = read_splits(args.dataset_name, task)
     tokenizer = modeling.load_tokenizer(args.base_model_name)
     encoded = encode_splits(tokenizer, task, splits, args.max_seq_length)
     if args.push_to_hub:
         create_hub_repository(args.push_to_hub)
-    model = modeling.add_adapter(
-        modeling.load_base_model(args.base_model_name),
-        args.base_model_name,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
-        seed=args.seed,
-    )
-    with replacing(folder) as part:
-        start = time.perf_counter()
-        history, kept_step = train_adapter(model, tokenizer, task, encoded, args, part)
-        run = describe_run(args, task, splits, model, history, kept_step, time.perf_counter() - start)
-        save_run(part, model, tokenizer, run, history)
+    with checkpoints.locked(folder), saying_how_to_resume(folder, sys.argv[1:] if argv is None else argv):
+        run = run_training(args, task, splits, tokenizer, encoded, folder)
     if args.push_to_hub:
         push_to_hub(folder, args.push_to_hub)
-    print(f"Adapter (after step {kept_step} of {run['steps']}), history and curves: {folder}")
+    print(f"Adapter (after step {run['kept_step']} of {run['steps']}), history and curves: {folder}")
     print(f"Next: python evaluate.py --adapters_name {args.adapters_name}")
 
 
