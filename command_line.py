@@ -167,8 +167,8 @@ def writing_errors(target):
 
 def _looks_full(error):
     text = str(error)
-    torchs_own = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "file write failed" in text)
-    return torchs_own or "os error 28" in text or "No space left" in text
+    torchs_own = any(words in text for words in ("PytorchStreamWriter", "file write failed", "unexpected pos"))
+    return isinstance(error, RuntimeError) and torchs_own or "os error 28" in text or "No space left" in text
 
 
 @contextlib.contextmanager

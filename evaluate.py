@@ -96,8 +96,8 @@ def check_files(folder):
     """Return `folder`; raise UserError where it holds no adapter in safetensors."""
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = (folder / "adapter_model.bin").exists()
-        what = "only adapter_model.bin, a pickle, which could run code and is never loaded" if pickled else "no weights"
-        raise UserError(f"{folder}: {what}; it has no adapter_model.safetensors; train again or copy the whole folder")
+        what = ", only adapter_model.bin, a pickle, which could run code and is never loaded" if pickled else ""
+        raise UserError(f"{folder}: has no adapter_model.safetensors{what}; train again or copy the whole folder")
     return folder
 
 

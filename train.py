@@ -330,6 +330,15 @@ class AnswerLossTrainer(SFTTrainer):
         """Write the adapter alone: no pickled options."""
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
+    def train(self, *args, **kwargs):
+        """Train; what an error says then is on a line of its own, not behind a progress bar."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if bar := getattr(callback, "training_bar", None):
+                    bar.close()
+
     def go_on(self, checkpoint):
         """Train from a checkpoint on; from one after the last step, which transformers would overstep, only load it."""
         if self.best:

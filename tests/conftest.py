@@ -1,6 +1,7 @@
 """What several test files use: the shared data where it exists, tokenizers, a tiny base model, a labelled file."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import modeling
 
+TOKEN = re.compile("hf_[A-Za-z0-9]{34}")
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
@@ -49,6 +51,44 @@ def tiny_base(tmp_path_factory, smollm2_tokenizer):
     LlamaForCausalLM(config).save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
     return folder
+
+
+def snapshot(folder):
+    """Return {path: bytes, or None for a folder} of all that is in `folder`."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+        if path.name != ".lock"  # an empty file that says nothing
+    }
+
+
+@pytest.fixture
+def refused(tmp_path, capfd, monkeypatch):
+    """A function that runs a command's main(argv), checks that it refuses as it should, and returns the line it said.
+
+    It ends with 2 and one line, no traceback, no token, and leaves every file as it was.
+    """
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
+
+    def run_refused(main, *argv, folder=tmp_path):
+        before = snapshot(folder)
+        capfd.readouterr()
+        try:
+            code = main([str(part) for part in argv])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        output = capfd.readouterr()
+        lines = [line for line in output.err.splitlines() if ": error: " in line]
+        assert code == 2, output
+        assert len(lines) == 1 and output.err.rstrip("\n").endswith(lines[0]), output.err
+        assert "Traceback" not in output.err
+        assert not TOKEN.search(output.out + output.err)
+        assert snapshot(folder) == before
+        run_refused.printed = output.out + output.err
+        return lines[0]
+
+    return run_refused
 
 
 def write_json_lines(path, records):

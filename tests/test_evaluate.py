@@ -244,6 +244,14 @@ def names(run, capsys):
     assert "models/ has tiny" in capsys.readouterr().err
 
 
+def force(run, capsys):
+    config = Path("models/tiny/adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "another/base"}))
+    run(code=2)
+    assert "trained on another/base, but run.json names" in capsys.readouterr().err
+    assert (run("--force") / "labels").is_dir()
+
+
 OPTIONS = {
     "--adapters_name": names,
     "--decoding": decodings,
@@ -252,6 +260,7 @@ OPTIONS = {
     "--batch_size": batch_size,
     "--split": splits,
     "--base_only": base_only,
+    "--force": force,
 }
 
 

@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, write_json_lines
+from conftest import REPOSITORY, snapshot, write_json_lines
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -55,6 +55,10 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def checkpoint_steps(folder):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in (folder / "checkpoints").iterdir())
+
+
 def test_result_folder(run, capsys):
     folder = run("first", "--epoch", "2")
     assert {
@@ -67,7 +71,7 @@ def test_result_folder(run, capsys):
         "tokenizer_config.json",
         "training_curves.png",
     } <= {path.name for path in folder.iterdir()}
-    assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))  # nothing pickled
+    assert not list(folder.rglob("*.bin"))  # no pickled options
     assert [path.name for path in folder.parent.iterdir()] == ["first"]
     result = json.loads((folder / "run.json").read_text())
     assert result["options"]["epoch"] == 2
@@ -159,11 +163,11 @@ def test_the_same_seed_gives_the_same_adapter_in_float32(run):
 
 def test_a_second_run_of_the_same_name_is_refused(run, capsys):
     folder = run("twice")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = snapshot(folder)
     run("twice", "--learning_rate", "1e-2", code=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train.py: error: models/twice: exists; pass --overwrite")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert snapshot(folder) == before
 
 
 def test_default_names_and_lengths(monkeypatch):
@@ -324,6 +328,24 @@ def overwrite(run, capfd):
     assert any(not torch.equal(old[key], weight) for key, weight in weights(changed).items())
 
 
+def resume(run, capfd):
+    run("changed", "--resume", code=2)
+    assert "models/changed: does not exist" in capfd.readouterr().err
+    before = snapshot(run("changed"))
+    assert snapshot(run("changed", "--resume")) == before
+    assert "this run is finished" in capfd.readouterr().out
+
+
+def save_steps(run, capfd):
+    short = ["--epoch", "2", "--train_batch_size", "4"]
+    by_epoch, by_step = run("base", *short), run("changed", *short, "--save_steps", "3")
+    assert checkpoint_steps(by_epoch) == [4, 8]
+    assert checkpoint_steps(by_step) == [6, 8]
+    assert same_weights(by_epoch, by_step)
+    by_steps = run("steps", "--steps", "21", "--train_batch_size", "4")
+    assert checkpoint_steps(by_steps) == [18, 21]
+
+
 def reports(run, capfd):
     assert list(run("changed", "--report_to", "tensorboard").glob("runs/*/events*"))
     run("other", "--report_to", "wandb", code=2)
@@ -352,6 +374,8 @@ OPTIONS = {
     "--lora_target_modules": modules,
     "--adapters_name": name,
     "--overwrite": overwrite,
+    "--resume": resume,
+    "--save_steps": save_steps,
     "--report_to": reports,
 }
 
@@ -400,7 +424,7 @@ def test_a_length_that_the_prompt_does_not_fit_is_refused(run, capsys, tmp_path)
 def test_a_run_that_diverges_writes_no_adapter(run, capsys, tmp_path):
     run("diverged", "--learning_rate", "1e38", "--epoch", "2", code=2)
     assert "NaN or infinite" in capsys.readouterr().err
-    assert not list((tmp_path / "models").iterdir())
+    assert not (tmp_path / "models").exists()
 
 
 def test_no_library_imports_evaluate_py_as_the_package_of_that_name():

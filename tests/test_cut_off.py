@@ -1,0 +1,379 @@
+"""Training runs that are cut off, as real processes with real signals, full disks and full memory, and resumed."""
+
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TOKEN, write_json_lines
+
+import evaluate
+import train
+
+KILLS = int(os.environ.get("KILLS", "3"))  # make soak: 20
+SHORT = ["--adapters_name", "run", "--task", "sst2", "--train_batch_size", "4", "--learning_rate", "1e-2"]
+MOMENTS = ("inside a save", "after a random time", "while the result is written")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base, tmp_path_factory):
+    """A function that makes a folder with the labelled file, for one run of train.py in it."""
+
+    def make():
+        folder = tmp_path_factory.mktemp("run")
+        records = [
+            {"sentence": f"a {word} film , number {number} of its kind", "label_text": label}
+            for number in range(4)
+            for word, label in (("fine", "positive"), ("dull", "negative"), ("warm", "positive"), ("grim", "negative"))
+        ]
+        write_json_lines(folder / "films.jsonl", records)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def options(tiny_base):
+    """The options of all runs here: 12 epochs of 3 steps."""
+    return [*SHORT, "--base_model_name", str(tiny_base), "--dataset_name", "films.jsonl", "--epoch", "12"]
+
+
+def start(folder, options, **more):
+    """Start train.py in `folder`; what it prints goes to output.txt there."""
+    environment = {**os.environ, "HF_TOKEN": "hf_" + "y" * 34, "OMP_NUM_THREADS": "1"}
+    with open(folder / "output.txt", "w") as output:
+        command = [sys.executable, REPOSITORY / "train.py", *options]
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, **more)
+
+
+def finish(process, folder):
+    """Wait for a process and return (exit code, what it printed)."""
+    code, printed = process.wait(timeout=300), (folder / "output.txt").read_text()
+    assert "Traceback" not in printed
+    assert not TOKEN.search(printed)
+    return code, printed
+
+
+def run_to_the_end(folder, options):
+    code, printed = finish(start(folder, options), folder)
+    assert code == 0, printed
+    return printed
+
+
+def wait_for(process, condition):
+    """Return as soon as `condition()` is true; fail if the process ends before."""
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be cut off"
+        time.sleep(0.0005)
+
+
+def first_checkpoint(folder):
+    return any(re.fullmatch(r"checkpoint-\d+", path.name) for path in (folder / "models/run/checkpoints").glob("*"))
+
+
+def result(folder):
+    """Return the bytes of a finished run's adapter, history and label probabilities."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert evaluate.main(["--adapters_name", "run", "--decoding", "labels"]) == 0
+    run = folder / "models" / "run"
+    files = ("adapter_model.safetensors", "history.csv", "evaluation/labels/predictions.csv")
+    return [(run / file).read_bytes() for file in files]
+
+
+@pytest.fixture(scope="module")
+def uncut(place, options):
+    """The result of a run that nothing happened to."""
+    folder = place()
+    run_to_the_end(folder, options)
+    return result(folder)
+
+
+def kill_and_resume(folder, options, moment, number):
+    """Run train.py, kill it with SIGKILL at the moment (a random one of `number`), resume it; return what that said."""
+    process, run = start(folder, options), folder / "models" / "run"
+    chance = random.Random(number)
+    wait_for(process, lambda: first_checkpoint(folder))
+    if moment == "inside a save":
+        for _ in range(chance.randrange(4)):  # not always the same one
+            wait_for(process, lambda: not list(run.glob("checkpoints/.checkpoint-*")))
+            wait_for(process, lambda: list(run.glob("checkpoints/.checkpoint-*")))
+        wait_for(process, lambda: list(run.glob("checkpoints/.checkpoint-*")))
+    elif moment == "while the result is written":
+        wait_for(process, lambda: (run / ".result.part").exists())
+        time.sleep(chance.random() * 0.05)
+    else:
+        time.sleep(chance.random())
+    process.kill()
+    process.wait()
+    return run_to_the_end(folder, [*options, "--resume"])
+
+
+@pytest.fixture(scope="module")
+def killed(place, options):
+    """{(moment, number): (folder, what the resumed run printed)}, two runs at a time."""
+    cases = [(MOMENTS[number % len(MOMENTS)], number) for number in range(KILLS)]
+    folders = [place() for _ in cases]
+    with ThreadPoolExecutor(2) as pool:
+        printed = list(pool.map(lambda case, folder: kill_and_resume(folder, options, *case), cases, folders))
+    return dict(zip(cases, zip(folders, printed, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_run_that_is_resumed_gives_the_result_of_one_never_killed(killed, uncut, number):
+    folder, printed = killed[MOMENTS[number % len(MOMENTS)], number]
+    assert "Resuming from models/run/checkpoints/checkpoint-" in printed or "this run is finished" in printed
+    assert result(folder) == uncut
+    left = {path.name for path in (folder / "models" / "run").rglob("*")}
+    assert not [name for name in left if name.endswith(".part")]
+    assert {path.name for path in (folder / "models/run/checkpoints").iterdir()} == {"checkpoint-33", "checkpoint-36"}
+
+
+@pytest.fixture(scope="module", params=[signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def stopped(request, place, options):
+    """(signal, folder, exit code, what was printed) of a run stopped by a signal; a second one was refused."""
+    folder = place()
+    process = start(folder, options)
+    wait_for(process, lambda: first_checkpoint(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        process.send_signal(signal.SIGSTOP)  # so that it is not over before the second one comes
+        second = [train.main([*options, option]) for option in ("--overwrite", "--resume")]
+        process.send_signal(signal.SIGCONT)
+    assert second == [2, 2]
+    process.send_signal(request.param)
+    return request.param, folder, *finish(process, folder)
+
+
+def test_a_signal_keeps_the_checkpoint_and_prints_the_command_that_goes_on(stopped, uncut):
+    number, folder, code, printed = stopped
+    assert code == 128 + number
+    last = printed.splitlines()[-1]
+    found = re.fullmatch(r"train.py: interrupted; kept: (\S+); to go on: python train.py (.+)", last)
+    assert found, last
+    assert (folder / found[1] / "contents.json").is_file()
+    run_to_the_end(folder, shlex.split(found[2]))
+    assert result(folder) == uncut
+
+
+@pytest.fixture(scope="module")
+def unfinished(place, options):
+    """A folder with a run killed after its second checkpoint."""
+    folder = place()
+    process = start(folder, options)
+    wait_for(process, lambda: (folder / "models/run/checkpoints/checkpoint-6").exists())
+    process.kill()
+    process.wait()
+    return folder
+
+
+@pytest.fixture
+def half_done(unfinished, tmp_path, monkeypatch):
+    """A copy of that folder, as the current one; returns the run's folder."""
+    shutil.copytree(unfinished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy" / "models" / "run"
+
+
+def test_a_killed_run_leaves_no_lock_and_is_not_replaced_unasked(half_done, options, refused):
+    assert "--resume" in (line := refused(train.main, *options)) and "models/run: exists" in line
+    assert train.main([*options[:-1], "1", "--overwrite"]) == 0
+
+
+CHANGED = {
+    "--learning_rate": ("1e-2", "1e-3"),
+    "--seed": ("42", "7"),
+    "--base_model_name": None,
+    "--train_batch_size": ("4", "8"),
+    "--eval_batch_size": ("8", "4"),
+    "--gradient_accumulation_steps": ("1", "2"),
+    "--lora_r": ("64", "8"),
+    "--lora_alpha": ("16", "32"),
+    "--lora_dropout": ("0.1", "0.2"),
+    "--lora_target_modules": ("q_proj", "o_proj"),
+    "--max_seq_length": ("512", "300"),
+    "--epoch": ("12", "13"),
+    "--keep": ("last", "best"),
+    "--no_shared_prefix": ("False", "True"),
+}
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_a_resumed_run_must_have_the_same_options(half_done, options, option, refused, tiny_base, tmp_path):
+    if option == "--base_model_name":
+        shutil.copytree(tiny_base, tmp_path / "other")
+        old, new = str(tiny_base), str(tmp_path / "other")
+    else:
+        old, new = CHANGED[option]
+    given = [option] if option == "--no_shared_prefix" else [option, new]
+    line = refused(train.main, *options, *given, "--resume")
+    assert line.startswith(f"train.py: error: {option}: was ")
+    spelled = [str(float(text)) if re.fullmatch(r"1e-\d", text) else text for text in (old, new)]
+    assert all(text in line for text in spelled)
+
+
+def test_a_resumed_run_must_have_the_same_rows_task_and_weights(half_done, options, refused, tiny_base, tmp_path):
+    films = Path("films.jsonl")
+    before = films.read_text()
+    films.write_text(before.replace("fine", "good", 1))
+    assert "--dataset_name: the rows were others" in refused(train.main, *options, "--resume")
+    films.write_text(before)
+    task = {"system_prompt": "Judge.", "labels": ["positive", "negative"], "answer_field": "Sentence:"}
+    Path("own.json").write_text(json.dumps(task))
+    line = refused(train.main, *options, "--task", "own.json", "--resume")
+    assert "--task: its " in line and "when the run was started" in line
+    weights = tiny_base / "model.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-4] + b"\x00\x00\x00\x40")  # one number is another now, 2.0
+        assert "its weights were others when the run was started" in refused(train.main, *options, "--resume")
+    finally:
+        weights.write_bytes(content)
+
+
+def test_what_changes_no_result_may_differ(half_done, options, uncut):
+    Path("films.jsonl").rename("moved.jsonl")
+    more = [
+        "--dataset_name",
+        "moved.jsonl",
+        "--save_steps",
+        "5",
+        "--gradient_checkpointing",
+        "--report_to",
+        "tensorboard",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run_to_the_end(Path.cwd(), [*options, *more, "--resume"])
+    assert result(Path.cwd()) == uncut
+
+
+DAMAGES = {
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "missing": Path.unlink,
+    "other bytes": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"),
+}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_incomplete_checkpoint_is_named_and_skipped(half_done, options, name, damage, capfd):
+    newest, older = half_done / "checkpoints" / "checkpoint-6", half_done / "checkpoints" / "checkpoint-3"
+    if not older.exists():
+        pytest.fail("the run was killed too late")
+    DAMAGES[damage](newest / name)
+    assert train.checkpoints.newest_checkpoint(half_done) == older
+    assert f"{newest}: incomplete, skipped" in capfd.readouterr().out
+
+
+def test_the_run_goes_on_from_the_older_checkpoint(half_done, options, uncut):
+    newest = half_done / "checkpoints" / "checkpoint-6"
+    (newest / "scheduler.pt").unlink()
+    shutil.copytree(newest, newest.with_name(".checkpoint-9.part"))  # as a kill inside a save leaves it
+    printed = run_to_the_end(Path.cwd(), [*options, "--resume"])
+    for name in ("checkpoint-6", ".checkpoint-9.part"):
+        assert f"models/run/checkpoints/{name}: incomplete, skipped" in printed
+    assert "Resuming from models/run/checkpoints/checkpoint-3" in printed
+    assert result(Path.cwd()) == uncut
+
+
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(half_done, options, refused):
+    for folder in (half_done / "checkpoints").glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    line = refused(train.main, *options, "--resume")
+    assert "models/run/checkpoints: no complete checkpoint to resume from; start anew with --overwrite" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks and memory
+
+
+def in_small_disk(folder, options, mount):
+    """Run train.py with models/ on a file system of its own, mounted for that process; return (code, printed).
+
+    What it left there is copied to models-kept/.
+    """
+    (folder / "models").mkdir()
+    allowed = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", folder / "models"], capture_output=True)
+    if allowed.returncode != 0:
+        pytest.skip(f"this machine lets no user mount a file system: {allowed.stderr.decode()}")
+    train_py = shlex.join([sys.executable, str(REPOSITORY / "train.py"), *options])
+    script = f"mount -t tmpfs {mount} none models && {train_py}; code=$?; cp -a models models-kept; exit $code"
+    with open(folder / "output.txt", "w") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = ["unshare", "-rm", "sh", "-c", script]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return finish(process, folder)
+
+
+def test_a_full_disk_is_named_and_the_older_checkpoint_resumes(place, options, uncut):
+    folder = place()
+    code, printed = in_small_disk(folder, options, "-o size=1000k")  # two checkpoints of 0.4 MB, not three
+    assert code == 2
+    last = printed.splitlines()[-1]
+    assert "models/run/checkpoints/checkpoint-9: the disk is full" in last
+    assert "kept: models/run/checkpoints/checkpoint-6; to go on: python train.py" in last
+    (folder / "models").rmdir()
+    (folder / "models-kept").rename(folder / "models")
+    run_to_the_end(folder, [*options, "--resume"])
+    assert result(folder) == uncut
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_the_model_is_loaded(place, options):
+    folder = place()
+    code, printed = in_small_disk(folder, options, "-o ro")
+    assert code == 2
+    assert "train.py: error: models/run: cannot write there (models is not writable)" in printed
+    assert "Loading weights" not in printed
+
+
+@pytest.mark.parametrize("file", ["models", "models/run"])
+def test_a_file_in_the_folders_place_is_said_before_the_model_is_loaded(place, options, file, refused, monkeypatch):
+    folder = place()
+    monkeypatch.chdir(folder)
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text("mine")
+    assert f"{file}: is a file" in refused(train.main, *options, folder=folder)
+    assert "Loading weights" not in refused.printed
+
+
+def test_full_memory_is_said_with_batch_and_length(place, options):
+    """The mask of a batch of four rows of 25,000 words takes 10 GB."""
+    folder = place()
+    rows = [
+        {"sentence": f"{word} " * 25_000, "label_text": label} for word, label in (("a", "positive"), ("b", "negative"))
+    ]
+    write_json_lines(
+        folder / "films.jsonl", [{**row, "sentence": f"{n} {row['sentence']}"} for n in range(4) for row in rows]
+    )
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+
+    code, printed = finish(start(folder, [*options, "--max_seq_length", "30000"], preexec_fn=limit), folder)
+    assert code == 2, printed
+    last = printed.splitlines()[-1]
+    assert "out of memory: a batch has 4 rows of up to 30000 tokens; lower --train_batch_size" in last
+    assert not (folder / "models").exists()
+
+
+def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(place, tiny_base, monkeypatch, capfd):
+    monkeypatch.chdir(place())
+    shutil.copytree(tiny_base, "large")
+    with open("large/model.safetensors", "r+b") as file:
+        file.truncate(2**42)  # takes no room on the disk
+    assert train.main([*SHORT, "--base_model_name", "large", "--dataset_name", "films.jsonl"]) == 2
+    printed = capfd.readouterr()
+    assert re.search(r"--base_model_name large: 2199.0 billion parameters take at least \d+ GB of memory", printed.err)
+    assert "try everything with the small embedded model: --base_model_name smollm2" in printed.err
+    assert printed.err.count("\n") == 1
