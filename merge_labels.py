@@ -8,8 +8,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from command_line import CommandParser, UserError, one_line_errors, replacing
-from rows import read_json_lines
+from command_line import CommandParser, UserError, one_line_errors, read_json, replacing
+from prompts import fold_label
+from rows import refuse_rows, scan_json_lines, shown
 
 _OTHER = ["Not Relevant", "Not Sure"]
 _FOUR = {
@@ -50,8 +51,8 @@ def build_parser():
 def parse_merge(text):
     """Return the groups {new label: [old labels]} of a --merge option; raises UserError where it is not that."""
     try:
-        groups = json.loads(text, object_pairs_hook=_distinct)
-    except json.JSONDecodeError as error:
+        groups = read_json(text)
+    except ValueError as error:
         raise UserError(f"--merge: not JSON ({error})") from error
     if not isinstance(groups, dict) or not groups:
         raise UserError('--merge: must be an object like {"new label": ["old label", "old label"]}')
@@ -62,39 +63,63 @@ def parse_merge(text):
     return groups
 
 
-def _distinct(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise UserError("--merge: names a group twice")
-    return dict(pairs)
+def new_labels(groups):
+    """Return {old label, as `fold_label` gives it: new label} for groups {new label: [old labels]}.
+
+    Raises UserError where the groups contradict each other: an old label in two of them, two new labels that are
+    spellings of one, or a new label that another group replaces, since no row is merged twice.
+    """
+    names, new_label = {}, {}
+    for label, members in groups.items():
+        other = names.setdefault(fold_label(label), label)
+        if other != label:
+            raise UserError(
+                f"--merge: the groups {other!r} and {label!r} are spellings of one label; make them one group"
+            )
+        for member in members:
+            if new_label.setdefault(fold_label(member), label) != label:
+                other = new_label[fold_label(member)]
+                raise UserError(
+                    f"--merge: label {member!r} is in two groups, {other!r} and {label!r}; take it out of one"
+                )
+    for folded, label in names.items():
+        other = new_label.get(folded, label)
+        if other != label:
+            raise UserError(
+                f"--merge: {label!r} is a group and an old label of the group {other!r}, but no row is merged twice; "
+                f"rename the group {label!r}, or merge in two runs"
+            )
+    return new_label
 
 
 def merge_records(records, groups, field, source):
     """Return copies of `records` with `field` replaced by the name of its group; other fields and the order stay.
 
-    `records` are (place, dict) pairs, the place naming the row in errors; `groups` is {new label: [old labels]}, old
-    labels compared after strip() and casefold(). Raises UserError for a label in two groups, a row whose label is in
-    none, and a group's label that no row has.
+    `records` are pairs of a place, which names the row in errors, and a dict, or the ValueError that says why there is
+    none; `groups` is {new label: [old labels]}. Raises UserError for groups that contradict each other, for all rows
+    without a label of a group at once, and for a group's labels that no row has.
     """
-    new_label, spelled = {}, {}
-    for label, members in groups.items():
-        for member in members:
-            key = member.strip().casefold()
-            if new_label.setdefault(key, label) != label:
-                raise UserError(f"label {member!r} is in two groups, {new_label[key]!r} and {label!r}")
-            spelled[key] = member
-    merged, seen = [], set()
+    new_label = new_labels(groups)
+    merged, seen, problems = [], set(), []
     for place, record in records:
-        value = record.get(field)
-        if not isinstance(value, str):
-            raise UserError(f"{place}: no text in the field {field!r}; name the label's field with --field")
-        key = value.strip().casefold()
-        if key not in new_label:
-            raise UserError(f"{place}: label {value!r} is in no group")
-        seen.add(key)
-        merged.append({**record, field: new_label[key]})
-    missing = [spelled[key] for key in new_label if key not in seen]
+        value = record.get(field) if isinstance(record, dict) else None
+        if isinstance(record, ValueError):
+            problems.append(f"{place}: {record}")
+        elif not isinstance(value, str):
+            problems.append(f"{place}: no text in the field {field!r}")
+        elif fold_label(value) not in new_label:
+            problems.append(f"{place}: label {shown(value)} is in no group")
+        else:
+            seen.add(fold_label(value))
+            merged.append({**record, field: new_label[fold_label(value)]})
+    refuse_rows(
+        problems, "correct the rows, name the label's field with --field, or name all labels in the groups of --merge"
+    )
+    missing = [repr(member) for members in groups.values() for member in members if fold_label(member) not in seen]
     if missing:
-        raise UserError(f"{source}: no row has the label {missing[0]!r} that the merge names")
+        raise UserError(
+            f"{source}: no row has the label {' or '.join(missing)}; name the labels that it has with --merge"
+        )
     return merged
 
 
@@ -123,9 +148,9 @@ def format_counts(labels):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     groups = SCHEMES[args.scheme] if args.scheme else parse_merge(args.merge)
-    lines = read_json_lines(args.file)
+    lines = scan_json_lines(args.file)
     if not lines:
-        raise UserError(f"{args.file}: has no rows")
+        raise UserError(f"{args.file}: has no rows; name another file")
     output = Path(args.output or default_output(args.file, args.scheme))
     check_output(args.file, output, args.overwrite)
     records = [(f"{args.file} line {number}", record) for number, record, _ in lines]

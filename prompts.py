@@ -8,12 +8,12 @@ Try it: python -c "import prompts; print(prompts.published_text(prompts.TASKS['s
 """
 
 import bisect
-import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError
+from command_line import UserError, read_json
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,16 @@ def load_task(name):
     if not path.is_file():
         raise UserError(f"--task {name}: no built-in task ({', '.join(TASKS)}) and no such file")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file in UTF-8 ({error})") from error
+        fields = read_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read it ({error.strerror}); make it readable or name another --task"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line}: not UTF-8; save the file as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON object ({error}); correct it there") from error
     return task_from_fields(fields, path)
 
 
@@ -178,8 +185,17 @@ def task_from_fields(fields, source):
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise UserError(f"{source}: the field 'labels' must be a list of texts that are not empty")
     labels = tuple(label.strip() for label in labels)
-    if len({_fold(label) for label in labels}) < max(2, len(labels)):
-        raise UserError(f"{source}: the field 'labels' must hold two or more labels that differ in more than case")
+    if len(labels) < 2:
+        raise UserError(f"{source}: the field 'labels' must hold two or more labels")
+    spelled = {}
+    for label in labels:
+        folded = fold_label(label)
+        if folded in spelled:
+            raise UserError(
+                f"{source}: the labels {spelled[folded]!r} and {label!r} do not differ in more than case and Unicode "
+                "normal form; rename or remove one"
+            )
+        spelled[folded] = label
     if any("\n" in label for label in labels):
         raise UserError(f"{source}: a label must not hold a line break")
     for field in ("name", "dataset_name"):
@@ -200,14 +216,16 @@ def task_fields(task):
     }
 
 
-def _fold(label):
-    return label.strip().casefold()
+def fold_label(label):
+    """Return what two spellings of a label have in common: no space around it, no case, Unicode normal form NFC."""
+    # Folding can take letters apart, so the normal form comes last; NFD first is Unicode's definition D145.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", label.strip()).casefold())
 
 
 def match_label(task, text):
-    """Return the task's own spelling of the label that `text` is after strip() and casefold(), or None."""
-    folded = _fold(text)
-    return next((label for label in task.labels if _fold(label) == folded), None)
+    """Return the task's own spelling of the label that `text` is, as `fold_label` compares them, or None."""
+    folded = fold_label(text)
+    return next((label for label in task.labels if fold_label(label) == folded), None)
 
 
 def parse_answer(task, output):
@@ -234,8 +252,8 @@ def published_text(task, sentence, label=None):
 
 
 _PUBLISHED = re.compile(
-    r"\s*<s>\s*\[INST\] <<SYS>>[ ]*\n(?P<system_prompt>.*?)\s*\n<</SYS>>[ ]*\n\nSentence: "
-    r"(?P<sentence>.*)\n(?P<answer_field>[^\n]*?) \[/INST\] ?(?P<label>.*?)\s*(?:</s>)?\s*",
+    r"\s*<s>\s*\[INST\] <<SYS>>[ ]*\n(?P<system_prompt>.*?)\n<</SYS>>[ ]*\n\nSentence: "
+    r"(?P<sentence>.*)\n(?P<answer_field>[^\n]*?) \[/INST\] ?(?P<label>.*)",
     re.DOTALL,
 )
 
@@ -249,7 +267,13 @@ def read_published_text(text):
     match = _PUBLISHED.fullmatch(text)
     if match is None:
         return None
-    return {**match.groupdict(), "label": match["label"] or None}
+    return {
+        "system_prompt": match["system_prompt"].rstrip(),
+        "sentence": match["sentence"],
+        "answer_field": match["answer_field"],
+        # Not in the pattern: its time would grow with the cube of a run of spaces.
+        "label": match["label"].rstrip().removesuffix("</s>").rstrip() or None,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 train.py and evaluate.py both call `read_splits`, so both see the same rows on the same side.
 """
 
+import codecs
 import hashlib
 import json
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import datasets
 
-from command_line import UserError, hub_errors
+from command_line import UserError, hub_errors, read_json
 from prompts import match_label, read_published_text
 
 # Where a sentence and its label are looked for, in this order: this toolkit's names, the published Hub sets' and the
@@ -41,30 +42,56 @@ class Splits:
 
 
 def read_json_lines(path):
-    """Return a list of (line number from 1, object, the line's text) for the lines of `path` that are not blank.
+    """Return a list of (line number from 1, object, the line as bytes) for the lines of `path` that are not blank.
 
-    Raises UserError naming file and line for what is not a JSON object, and for a file that is not UTF-8.
+    Raises one UserError for all lines that are not a JSON object in UTF-8, and for a file that cannot be read.
+    """
+    lines = scan_json_lines(path)
+    bad = [f"{path} line {number}: {record}" for number, record, _ in lines if isinstance(record, ValueError)]
+    refuse_rows(bad, "each line must be one JSON object in UTF-8; correct the file")
+    return lines
+
+
+def scan_json_lines(path):
+    """Return what `read_json_lines` does, but with a ValueError that says why in place of an object that is none.
+
+    So a caller can report these lines together with what else is wrong. Raises UserError for a file that cannot be read
+    or is in UTF-16 or UTF-32.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
+        raise UserError(f"{path}: cannot read it ({error.strerror}); make it readable or name another file") from error
+    encoding = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        raise UserError(f"{path}: is {encoding[:6].upper()} text; save it as UTF-8")
+    lines = []
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        except (json.JSONDecodeError, UnicodeEncodeError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or getattr(error, "reason", "nested too deeply")
-            raise UserError(f"{path}: line {number} is not JSON ({reason}); each line must be one object") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object")
-        records.append((number, record, line))
-    return records
+            record = read_json(line.decode())
+            if not isinstance(record, dict):
+                raise ValueError("an array or a single value")
+        except UnicodeDecodeError as error:
+            record = ValueError(f"not UTF-8, save the file as that (byte 0x{line[error.start]:02x}: {error.reason})")
+        except ValueError as error:
+            record = ValueError(f"not one JSON object ({error})")
+        lines.append((number, record, line))
+    return lines
+
+
+def refuse_rows(problems, advice):
+    """Raise one UserError for all of `problems`, each "file line 3: what is wrong", with `advice`; none, no error."""
+    if problems:
+        plural = "s" if len(problems) > 1 else ""
+        raise UserError(f"{len(problems)} bad row{plural}: {first_ten(problems)}; {advice}")
+
+
+def first_ten(texts):
+    """Return a list of texts as one text: the first ten, and how many more there are."""
+    more = [f"and {len(texts) - 10} more"] if len(texts) > 10 else []
+    return "; ".join([*texts[:10], *more])
 
 
 def read_splits(dataset_name, task):
@@ -76,11 +103,13 @@ def read_splits(dataset_name, task):
     of a separate validation split is dropped. Raises UserError for data that cannot be used.
     """
     found = _load(dataset_name)
-    notes = []
+    notes, rows, problems = [], {}, []
     for split, records in found.items():
         if not records:
-            raise UserError(f"{dataset_name}: its split {split} has no rows")
-    rows = {split: check_records(records, task, notes) for split, records in found.items()}
+            raise UserError(f"{dataset_name}: its split {split} has no rows; add rows or name other data")
+        rows[split], bad = _rows_and_problems(records, task, notes)
+        problems += bad
+    refuse_rows(problems, _rows_wanted(task))
     validation = rows.get("validation")
     if validation is None or _repeats(rows["train"], validation):
         first = {}
@@ -88,10 +117,14 @@ def read_splits(dataset_name, task):
             first.setdefault(row["sentence"].strip(), row)
         distinct = list(first.values())
         if len(distinct) < 2:
-            raise UserError(f"{dataset_name}: {len(distinct)} row cannot be split into train and validation")
-        if len(distinct) < len(rows["train"]):
-            notes.append(f"{len(rows['train']) - len(distinct)} rows left out: their sentences stand in an earlier row")
+            raise UserError(
+                f"{dataset_name}: {len(distinct)} row cannot be split into train and validation; add rows with other "
+                "sentences"
+            )
+        reason = "rows left out: their sentences stand in an earlier row"
+        notes += _left_out(found["train"], rows["train"], distinct, reason)
         cut = _dataset(distinct).train_test_split(test_size=TEST_SIZE, shuffle=True, seed=SPLIT_SEED)
+        notes += _missing_labels(cut["train"], task)
         return Splits(cut["train"], cut["test"], tuple(notes))
     held_out = {row["sentence"].strip() for row in validation}
     train = [row for row in rows["train"] if row["sentence"].strip() not in held_out]
@@ -99,9 +132,27 @@ def read_splits(dataset_name, task):
         raise UserError(
             f"{dataset_name}: most sentences of its train split are in its validation split too; split anew"
         )
-    if len(train) < len(rows["train"]):
-        notes.append(f"{len(rows['train']) - len(train)} train rows left out: their sentences are validation rows too")
-    return Splits(_dataset(train), _dataset(validation), tuple(notes))
+    reason = "train rows left out: their sentences are validation rows too"
+    notes += _left_out(found["train"], rows["train"], train, reason)
+    train = _dataset(train)
+    notes += _missing_labels(train, task)
+    return Splits(train, _dataset(validation), tuple(notes))
+
+
+def _left_out(records, rows, kept, reason):
+    """Return a list of one note, or none, on those of `rows` that are not `kept`, with their places in `records`."""
+    kept = {row["row"] for row in kept}
+    places = [records[row["row"]][0] for row in rows if row["row"] not in kept]
+    return [f"{len(places)} {reason} ({first_ten(places)})"] if places else []
+
+
+def _missing_labels(train, task):
+    """Return a list of one note, or none, on the labels of `task` that no train row has."""
+    there = set(train["label_text"])
+    missing = [repr(label) for label in task.labels if label not in there]
+    if len(there) == 1:
+        return [f"all {len(train)} train rows have the label {there.pop()!r}: there is nothing to tell apart"]
+    return [f"labels without a train row, which are not learned: {', '.join(missing)}"] if missing else []
 
 
 def _load(dataset_name):
@@ -116,8 +167,14 @@ def _load(dataset_name):
     looks_local = named or dataset_name.count("/") > 1 or ("/" in dataset_name and path.parent.is_dir())
     if looks_local and not path.exists():
         raise UserError(f"data set {dataset_name}: no such file or folder")
-    with hub_errors(dataset_name, "data set"):
-        loaded = datasets.load_dataset(dataset_name)
+    try:
+        with hub_errors(dataset_name, "data set"):
+            loaded = datasets.load_dataset(dataset_name)
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError) as error:  # StopIteration: an empty file
+        reason = str(error.__cause__ or error) or "an empty file"
+        raise UserError(
+            f"data set {dataset_name}: cannot be loaded ({reason}); correct its files or name other data"
+        ) from error
     if "train" not in loaded:
         raise UserError(f"{dataset_name}: has no split named train, only {', '.join(loaded)}")
     return {
@@ -128,7 +185,7 @@ def _load(dataset_name):
 
 
 def _numbered(file):
-    return [(f"{file} line {number}", record) for number, record, _ in read_json_lines(file)]
+    return [(f"{file} line {number}", record) for number, record, _ in scan_json_lines(file)]
 
 
 def check_records(records, task, notes):
@@ -137,45 +194,79 @@ def check_records(records, task, notes):
     The label gets the task's spelling; of a `text` in the published template only the sentence stays. Adds to the list
     `notes` what is worth printing. Raises one UserError for all bad rows: the first ten, by their places, and a count.
     """
-    rows, problems, other_prompts = [], [], 0
-    for number, (place, record) in enumerate(records):
-        sentence, label, problem, other_prompt = _read_record(record, task)
-        if problem:
-            problems.append(f"{place}: {problem}")
-        rows.append({"row": number, "sentence": sentence, "label_text": label})
-        other_prompts += other_prompt
-    if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        plural = "s" if len(problems) > 1 else ""
-        known = f"the labels of task {task.name} are {', '.join(task.labels)}; merge labels or name another --task"
-        raise UserError(f"{len(problems)} bad row{plural}: {'; '.join(problems[:10])}{more}; {known}")
-    if other_prompts:
-        notes.append(f"{other_prompts} rows were written with another prompt; the prompt of task {task.name} is used")
+    rows, problems = _rows_and_problems(records, task, notes)
+    refuse_rows(problems, _rows_wanted(task))
     return rows
 
 
+def _rows_and_problems(records, task, notes):
+    """Return (rows, problems), as `check_records` and `refuse_rows` know them; a record may be a ValueError, too."""
+    rows, problems, places, other_prompts = [], [], {}, 0
+    for number, (place, record) in enumerate(records):
+        wrong = []
+        try:
+            sentence, label, other_prompt = _read_record(record, task)
+            rows.append({"row": number, "sentence": sentence, "label_text": label})
+            other_prompts += other_prompt
+        except ValueError as error:
+            wrong.append(str(error))
+        if isinstance(record, dict) and record.get("id") not in (None, ""):
+            first = places.setdefault(repr(record["id"]), place)  # as text: 1 equals True, and a list has no hash
+            if first != place:
+                wrong.append(f"id {shown(record['id'])} stands in {first} too")
+        if wrong:
+            problems.append(f"{place}: {', '.join(wrong)}")
+    if other_prompts:
+        notes.append(f"{other_prompts} rows were written with another prompt; the prompt of task {task.name} is used")
+    return rows, problems
+
+
+def _rows_wanted(task):
+    return (
+        f"a row needs a sentence and one of task {task.name}'s labels ({', '.join(task.labels)}); correct the rows, "
+        "merge labels or name another --task"
+    )
+
+
 def _read_record(record, task):
-    """Return (sentence, label, problem or None, whether the row carries a prompt other than the task's)."""
-    sentence = next((record[column] for column in SENTENCE_COLUMNS if column in record), None)
-    label = next((record[column] for column in LABEL_COLUMNS if column in record), None)
+    """Return (sentence, label, whether the row carries a prompt other than the task's).
+
+    Raises ValueError for a record without these, and the record itself where it is one.
+    """
+    if isinstance(record, ValueError):
+        raise record
+    sentence, label = _field(record, SENTENCE_COLUMNS, "sentence"), _field(record, LABEL_COLUMNS, "label")
     other_prompt = False
-    if not isinstance(sentence, str) or not sentence.strip():
-        return None, None, f"no sentence (a text that is not empty in one of {', '.join(SENTENCE_COLUMNS)})", False
-    if not isinstance(label, str) or not label.strip():
-        return None, None, f"no label (a text that is not empty in one of {', '.join(LABEL_COLUMNS)})", False
     published = read_published_text(sentence)
     if published:
         sentence = published["sentence"]
         own = (task.system_prompt, task.answer_field)
         other_prompt = (published["system_prompt"].strip(), published["answer_field"]) != own
         if not sentence.strip():
-            return None, None, "its text has an empty sentence", False
+            raise ValueError("its text has an empty sentence")
         if published["label"] and match_label(task, published["label"]) != match_label(task, label):
-            return None, None, f"its text ends in {published['label']!r} but its label is {label!r}", False
+            raise ValueError(f"its text ends in {shown(published['label'])} but its label is {shown(label)}")
     own_label = match_label(task, label)
     if own_label is None:
-        return None, None, f"label {label!r} is not one of the task's", False
-    return sentence, own_label, None, other_prompt
+        raise ValueError(f"label {shown(label)} is not one of the task's")
+    return sentence, own_label, other_prompt
+
+
+def _field(record, columns, meaning):
+    """Return the text in the first of `columns` that `record` has; raise ValueError where there is none."""
+    column = next((column for column in columns if column in record), None)
+    if column is None:
+        raise ValueError(f"no {meaning} (none of the fields {', '.join(columns)})")
+    value = record[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"no {meaning} ({column} is {shown(value)}, not a text that is not empty)")
+    return value
+
+
+def shown(value):
+    """Return a value as an error shows it: as JSON has it where it is null, and no longer than a line."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _repeats(train, validation):

@@ -81,7 +81,8 @@ def refused(tmp_path, capfd, monkeypatch):
         output = capfd.readouterr()
         lines = [line for line in output.err.splitlines() if ": error: " in line]
         assert code == 2, output
-        assert len(lines) == 1 and output.err.rstrip("\n").endswith(lines[0]), output.err
+        assert len(lines) == 1 and output.err.splitlines()[-1] == lines[0], output.err
+        assert lines[0].startswith(f"{main.__module__}.py: error: ")
         assert "Traceback" not in output.err
         assert not TOKEN.search(output.out + output.err)
         assert snapshot(folder) == before

@@ -56,6 +56,16 @@ def test_supp_anti_oth_is_the_published_merge_byte_for_byte(tmp_path):
     assert output.read_bytes() == published.read_bytes()
 
 
+@pytest.mark.parametrize("scheme", SCHEME_COUNTS)
+def test_schemes_take_every_spelling_of_the_seven_labels(scheme, tmp_path):
+    labels = ("Polarized", "non-Polarized", "Neutral", "Not Relevant", "not Sure")
+    sides = [f"{side} Gun {label}" for side in ("Support", "ANTI") for label in labels[:2]]
+    file = write_json_lines(tmp_path / "raw.json", [{"User label": f" {label}"} for label in (*sides, *labels[2:])])
+    assert merge_labels.main([str(file), "--scheme", scheme]) == 0
+    merged = read(merge_labels.default_output(file, scheme))
+    assert {record["User label"] for record in merged} == set(SCHEME_COUNTS[scheme])
+
+
 @pytest.fixture
 def stances(tmp_path):
     records = [
@@ -98,6 +108,8 @@ def test_letters_beyond_ascii_keep_their_form(tmp_path):
         ({"a": ["for", "against"], "b": ["FOR", "unsure"]}, "label 'FOR' is in two groups, 'a' and 'b'"),
         ({"a": ["for", "against"]}, "stances.json line 3: label 'unsure' is in no group"),
         ({**GROUPS, "c": ["neutral"]}, "stances.json: no row has the label 'neutral'"),
+        ({"clear": ["for", "against"], "for": ["unsure"]}, "'for' is a group and an old label of the group 'clear'"),
+        ({"clear": ["for", "against"], "Clear": ["unsure"]}, "the groups 'clear' and 'Clear' are spellings of one"),
         ({"a": "for"}, "--merge: the group 'a' must be a list"),
         ({"a": []}, "--merge: the group 'a' must be a list"),
         ([], "--merge: must be an object"),
@@ -118,8 +130,20 @@ def test_the_input_is_never_overwritten_under_any_spelling(stances, capsys):
     before = stances.read_bytes()
     link = stances.with_name("link.json")
     link.symlink_to(stances)
-    for output in (stances, stances.parent / "." / ".." / stances.parent.name / stances.name, link):
+    (stances.parent / "folder").symlink_to(stances.parent)
+    hard_link = stances.with_name("hard.json")
+    hard_link.hardlink_to(stances)
+    through_folder = stances.parent / "folder" / stances.name
+    for output in (
+        stances,
+        f"{stances.parent}/./../{stances.parent.name}/{stances.name}",
+        link,
+        hard_link,
+        through_folder,
+    ):
         assert merge(stances, GROUPS, "--output", output, "--overwrite") == 2
+        assert "the input is never overwritten" in capsys.readouterr().err
+        assert merge(output, GROUPS, "--output", stances, "--overwrite") == 2
         assert "the input is never overwritten" in capsys.readouterr().err
     assert stances.read_bytes() == before
 
@@ -138,8 +162,8 @@ def test_an_output_is_replaced_only_with_overwrite(stances, capsys):
     ("content", "message"),
     [
         (b"", "has no rows"),
-        (b'{"stance": "for"}\n{"stance"\n', "line 2 is not JSON"),
-        (b"\n[1]\n", "line 2 is not a JSON object"),
+        (b'{"stance": "for"}\n{"stance"\n', "line 2: not one JSON object"),
+        (b"\n[1]\n", "line 2: not one JSON object"),
         (b'{"stance": "f\xfcr"}\n', "not UTF-8"),
         (b'{"label": "for"}\n', "line 1: no text in the field 'stance'"),
     ],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import REPOSITORY, shared
@@ -15,6 +16,7 @@ from prompts import (
     build_prompt,
     encode_rows,
     fit_prompt,
+    fold_label,
     load_task,
     match_label,
     parse_answer,
@@ -119,13 +121,47 @@ def test_what_is_not_in_the_template_is_not_read():
     assert read_published_text("[INST] hello [/INST] support gun") is None
 
 
-def test_labels_match_after_strip_and_casefold_and_keep_the_tasks_spelling():
+@pytest.mark.parametrize(
+    ("sentence", "label"),
+    [
+        ("a\n" * 50_000, "positive"),
+        ("\nSentiment: [/INST]" * 5_000, "positive"),
+        ("a gem", f"po{' ' * 100_000}sitive"),
+    ],
+)
+def test_long_texts_are_read_in_a_time_that_does_not_explode(sentence, label):
+    start = time.perf_counter()
+    read = read_published_text(published_text(TASKS["sst2"], sentence, label))
+    assert (read["sentence"], read["label"]) == (sentence, label)
+    assert read_published_text("<s>[INST] <<SYS>>" + "\n" * 100_000) is None
+    assert time.perf_counter() - start < 5
+
+
+def test_labels_match_after_folding_and_keep_the_tasks_spelling():
     task = TASKS["politosphere"]
     assert match_label(task, " SUPPORT gun Non-Polarized\t") == "Support Gun non-Polarized"
     assert match_label(task, "Not Relevant") == "Not relevant"
     assert match_label(task, "support") is None
     german = task_from_fields({"system_prompt": "?", "labels": ["Straße", "Weg"], "answer_field": "A:"}, "own.json")
     assert match_label(german, "STRASSE") == "Straße"
+    french = task_from_fields({"system_prompt": "?", "labels": ["Modéré", "sûr"], "answer_field": "A:"}, "own.json")
+    assert match_label(french, "MODE\u0301RE\u0301") == "Modéré"
+    assert match_label(french, "modere") is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("Für", "fu\u0308r ", True),
+        ("\u01f0\u0323", "J\u0323\u030c", True),  # folding takes the first letter apart
+        ("\u1e69", "S\u0307\u0323", True),  # two marks in the order that is not the normal one
+        ("Å", "\u212b", True),
+        ("für", "fur", False),
+        ("²", "2", False),  # equal in normal form NFKC alone
+    ],
+)
+def test_folded_labels_are_equal_whatever_case_and_normal_form(one, other, equal):
+    assert (fold_label(one) == fold_label(other)) is equal
 
 
 @pytest.mark.parametrize(
@@ -259,7 +295,8 @@ def test_own_task_file(tmp_path):
     ("change", "message"),
     [
         ({"labels": ["pro"]}, "two or more labels"),
-        ({"labels": ["pro", "Pro "]}, "differ in more than case"),
+        ({"labels": ["pro", "Pro "]}, "'pro' and 'Pro' do not differ in more than case and Unicode normal form"),
+        ({"labels": ["é", "neutral", "E\u0301"]}, "do not differ in more than case and Unicode normal form"),
         ({"labels": ["pro", 1]}, "'labels' must be a list"),
         ({"labels": "pro"}, "'labels' must be a list"),
         ({"system_prompt": " "}, "'system_prompt' must be"),

@@ -8,7 +8,7 @@ from conftest import shared, write_json_lines
 
 from command_line import UserError
 from prompts import TASKS, published_text, task_from_fields
-from rows import read_splits
+from rows import check_records, read_json_lines, read_splits
 
 TASK = TASKS["supp-anti-oth"]
 
@@ -57,14 +57,25 @@ def test_separate_splits_stay_as_they_are(tmp_path):
 
 
 def test_a_sentence_is_never_on_both_sides(tmp_path):
-    splits = read_splits(published_folder(tmp_path / "data", ROWS[:7], ROWS[5:]), TASK)
+    folder = published_folder(tmp_path / "data", ROWS[:7], ROWS[5:])
+    splits = read_splits(folder, TASK)
     assert pairs(splits.train) == ROWS[:5]
     assert pairs(splits.validation) == ROWS[5:]
-    assert splits.notes == ("2 train rows left out: their sentences are validation rows too",)
+    places = f"{folder}/train.jsonl line 6; {folder}/train.jsonl line 7"
+    assert splits.notes == (f"2 train rows left out: their sentences are validation rows too ({places})",)
     twice = [{"sentence": f"{sentence}{end}", "label_text": label} for end in ("", " ") for sentence, label in ROWS]
-    splits = read_splits(str(write_json_lines(tmp_path / "twice.jsonl", twice)), TASK)
+    file = write_json_lines(tmp_path / "twice.jsonl", [*twice, twice[3]])
+    splits = read_splits(str(file), TASK)
     assert sorted(pairs(splits.train) + pairs(splits.validation)) == sorted(ROWS)
-    assert splits.notes == ("10 rows left out: their sentences stand in an earlier row",)
+    places = "; ".join(f"{file} line {number}" for number in range(11, 21))
+    note = f"11 rows left out: their sentences stand in an earlier row ({places}; and 1 more)"
+    assert splits.notes == (note,)
+
+
+def test_labels_that_only_validation_rows_have_are_noted(tmp_path):
+    rows = [(sentence, label) for sentence, label in ROWS if label != TASK.labels[1]]
+    splits = read_splits(published_folder(tmp_path / "data", rows, [("another", TASK.labels[1])]), TASK)
+    assert splits.notes == (f"labels without a train row, which are not learned: {TASK.labels[1]!r}",)
 
 
 def test_labels_get_the_tasks_spelling_and_raw_columns_are_known(tmp_path):
@@ -106,8 +117,9 @@ def test_the_fingerprint_follows_rows_labels_and_sides(tmp_path):
         (['{"sentence": null, "label_text": "other"}'], ["line 1: no sentence"]),
         (['{"label_text": "other"}'], ["line 1: no sentence"]),
         (['{"sentence": "x"}', "", '{"sentence": " ", "label_text": "other"}'], ["2 bad rows", "line 1", "line 3"]),
+        (["{", '{"sentence": "x"}', "[]"], ["3 bad rows", "line 1: not one JSON", "line 2: no label", "line 3: not"]),
         (['{"sentence": "x", "label_text": "no"}'] * 12, ["12 bad rows", "line 10", "and 2 more"]),
-        (["{"], ["line 1 is not JSON"]),
+        (["{"], ["line 1: not one JSON object"]),
         ([], ["its split train has no rows"]),
         (['{"sentence": "x", "label_text": "other"}'], ["1 row cannot be split"]),
     ],
@@ -142,7 +154,7 @@ def test_same_rows_with_byte_order_mark_windows_line_ends_and_line_separators_in
 def test_what_json_allows_but_no_text_holds_is_named(tmp_path, line):
     file = tmp_path / "odd.jsonl"
     file.write_text(line)
-    with pytest.raises(UserError, match="line 1 is not JSON"):
+    with pytest.raises(UserError, match="line 1: not one JSON object"):
         read_splits(str(file), TASK)
 
 
@@ -150,3 +162,49 @@ def test_what_json_allows_but_no_text_holds_is_named(tmp_path, line):
 def test_missing_local_data_are_not_looked_for_on_the_hub(tmp_path, name):
     with pytest.raises(UserError, match="no such file or folder"):
         read_splits(name.format(tmp_path), TASK)
+
+
+def test_ids_are_compared_within_a_split_and_as_they_are(tmp_path):
+    ids = [1, "1", True, 1.5, [1], "", "", None, None]
+    records = [{"id": own, "sentence": f"x{number}", "label_text": "other"} for number, own in enumerate(ids)]
+    places = [(f"row {number}", record) for number, record in enumerate(records)]
+    assert len(check_records(places, TASK, [])) == len(ids)
+    with pytest.raises(UserError, match=r"2 bad rows: row 9: id \[1\] stands in row 4 too; row 10: id 1 .* row 0 too"):
+        check_records([*places, ("row 9", records[4]), ("row 10", records[0])], TASK, [])
+    (tmp_path / "data").mkdir()
+    write_json_lines(tmp_path / "data" / "train.jsonl", records)
+    write_json_lines(tmp_path / "data" / "validation.jsonl", [records[0] | {"sentence": "y"}])
+    assert len(read_splits(str(tmp_path / "data"), TASK).validation) == 1
+
+
+def test_all_lines_that_are_no_objects_are_named_at_once(tmp_path):
+    file = tmp_path / "odd.jsonl"
+    file.write_bytes(b'{"a": 1}\n{\n\n[]\n{"a": "\xe4"}\n{"a": 1}')
+    with pytest.raises(UserError) as error:
+        read_json_lines(file)
+    for text in ("3 bad rows", "line 2: not one JSON", "line 4: not one JSON", "line 5: not UTF-8", "correct the file"):
+        assert text in str(error.value)
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": "\xc3\xa4"}')
+    assert read_json_lines(file) == [(1, {"a": 1}, b'{"a": 1}'), (3, {"a": "ä"}, b'{"a": "\xc3\xa4"}')]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", b"", "cannot be loaded"),
+        ("train.csv", b"sentence,label_text\n", "cannot be loaded"),
+        ("train.csv", b"sentence,label_text\nx,\ny,other\n", "train row 0: no label (label_text is null"),
+        ("train.json", b"", "cannot be loaded (an empty file)"),
+        ("train.json", b'{"sentence": "x", "lab', "cannot be loaded"),
+        ("train.parquet", b"PAR1", "cannot be loaded"),
+    ],
+)
+def test_faulty_files_that_datasets_reads_are_named_too(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_splits(str(folder), TASK)
+    assert str(folder) in str(error.value)
+    assert message in str(error.value)
