@@ -129,8 +129,7 @@ def check_base_model(folder, run, model=None):
     """
     name, advice = run["base_model"]["name"], "train it again on this one, or go on all the same with --force"
     if model is None:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        trained_on = config.get("base_model_name_or_path")
+        trained_on = modeling.read_adapter_config(folder).get("base_model_name_or_path")
         if trained_on != name:
             raise UserError(f"{folder}: the adapter was trained on {trained_on}, but run.json names {name}; {advice}")
         return

@@ -58,12 +58,12 @@ def load_tokenizer(base_model_name):
 
     It pads on the left, and never with EOS: padding cannot hide an EOS.
     """
-    has_tokenizer = (
-        Path(base_model_name) / "tokenizer_config.json"
-    ).is_file()  # an adapter's folder has no config.json
+    of_adapter = (Path(base_model_name) / "adapter_config.json").is_file()
     with _loading_errors(base_model_name):
-        path = base_model_name if has_tokenizer else _model_path(base_model_name)
+        path = base_model_name if of_adapter else _model_path(base_model_name)
+        # The model's configuration, too: for a kind of model that it does not know, AutoTokenizer would run its code.
         _refuse_code(base_model_name, get_tokenizer_config(path))
+        _refuse_code(base_model_name, {} if of_adapter else PreTrainedConfig.get_config_dict(path)[0])
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Llama 2 has no pad token; its <unk> never stands in a text (byte fallback), and padding is masked anyway.
@@ -324,9 +324,8 @@ def load_adapter(model, folder):
     """
     file = folder / "adapter_model.safetensors"
     shapes = _check_adapter(file)
+    read_adapter_config(folder)
     try:
-        if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") != "LORA":
-            raise UserError(f"{folder / 'adapter_config.json'}: not a LoRA adapter; train.py writes no other")
         model = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
@@ -341,6 +340,18 @@ def load_adapter(model, folder):
         if "lora_" in name:
             parameter.data = parameter.data.to(compute_dtype())
     return model.eval()
+
+
+def read_adapter_config(folder):
+    """Return the dict of an adapter's adapter_config.json; raise UserError where that is not a LoRA adapter's."""
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy it again or train again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: not that of a LoRA adapter; train.py writes no other")
+    return config
 
 
 def _check_adapter(file):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
@@ -248,6 +248,8 @@ class AnswerLossTrainer(SFTTrainer):
         self.scored = scored
         self.answers = answers
         self.best = best
+        self.finite = StopAtNaN(self)
+        self.add_callback(self.finite)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.graphed_step = GraphedStep(self._step, trained) if graphed else None
 
@@ -264,15 +266,11 @@ class AnswerLossTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add the gradients of one batch and return its loss, from a recording of that step on a GPU."""
         if self.graphed_step is None or num_items_in_batch is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            if not model.training:
-                model.train()
-            count = {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
-            loss = self.graphed_step(self._prepare_inputs(inputs) | count)
-        if not loss.isfinite():
-            raise not_finite("loss", self.state.global_step + 1, self.args)
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        count = {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+        return self.graphed_step(self._prepare_inputs(inputs) | count)
 
     def _step(self, inputs):
         batch = dict(inputs)
@@ -287,6 +285,7 @@ class AnswerLossTrainer(SFTTrainer):
 
         The loss is the mean over the true answers' tokens, in nats, whatever the batches.
         """
+        self.finite.check()
         self.model.eval()
         metrics = {}
         for split, rows in self.scored.items():
@@ -312,6 +311,7 @@ class AnswerLossTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint, whole or not at all; transformers resumes from what it writes itself."""
+        self.finite.check()
         folder = Path(self.args.output_dir)
         with checkpoints.checkpoint(folder, self.state.global_step) as part:
             self.args.output_dir = str(part)
@@ -350,21 +350,42 @@ class AnswerLossTrainer(SFTTrainer):
             self.train(resume_from_checkpoint=str(checkpoint))
 
 
-def not_finite(what, step, args):
-    """Return the UserError for a loss or weights that are NaN or infinite after or in `step`."""
-    return UserError(
-        f"step {step}: the {what} became NaN or infinite, so training stopped and no adapter was written; lower "
-        f"--learning_rate (it is {args.learning_rate:g}) or --lora_alpha, or raise --train_batch_size"
-    )
-
-
 class StopAtNaN(TrainerCallback):
-    """Ends the run at the step after which a weight of the adapter is NaN or infinite, before it can be saved."""
+    """Ends the run at the step after which its loss or a weight of the adapter is NaN or infinite.
+
+    On a GPU the answer is read two steps later, when it is there: waiting for it would cost a sixth of the time. Before
+    anything is scored or saved, all answers are waited for.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.pending = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not get_total_norm(weights).isfinite():  # of one weight that is not, the norm is not
-            raise not_finite("adapter's weights", state.global_step, args)
+        # Of one weight that is not finite, the norm is not; and so with the sum of losses.
+        finite = torch.stack([self.trainer._tr_loss, get_total_norm(weights)]).isfinite()
+        event = None
+        if finite.is_cuda:
+            finite = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((state.global_step, finite, event))
+        self.check(leave=0 if event is None else 2)
+
+    def check(self, leave=0):
+        """Raise UserError for the first step so far, but the last `leave` ones, that went wrong."""
+        while len(self.pending) > leave:
+            step, finite, event = self.pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            if not finite.all():
+                what = "adapter's weights" if finite[0] else "loss"
+                raise UserError(
+                    f"step {step}: the {what} became NaN or infinite, so training stopped and no adapter was written; "
+                    f"lower --learning_rate (it is {self.trainer.args.learning_rate:g}) or --lora_alpha, or raise "
+                    "--train_batch_size"
+                )
 
 
 class SaveCheckpoints(TrainerCallback):
@@ -515,7 +536,7 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
     on_gpu = torch.cuda.is_available()
     sample = torch.randperm(len(encoded["train"]), generator=torch.Generator().manual_seed(args.seed))
     loss_sum, best = LossSum(), KeepBest() if args.keep == "best" else None
-    callbacks = [StopAtNaN(), EvaluateAtEnd(), loss_sum, *([best] if best else [])]
+    callbacks = [EvaluateAtEnd(), loss_sum, *([best] if best else [])]
     if args.early_stopping_patience:
         callbacks.append(EarlyStopping(args.early_stopping_patience))
     collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
@@ -649,15 +670,15 @@ def create_hub_repository(repository):
 
 
 def push_to_hub(folder, repository):
-    """Upload `folder` in one commit and print where it is."""
-    print(f"Uploading {folder}; should that fail, it stays here and can be sent with: hf upload {repository} {folder}")
+    """Upload the adapter in `folder`, without logs, evaluations and checkpoints, in one commit; print where it is.
+
+    Not with upload_folder, which makes several commits of a slow upload: cut off, it would leave a mix at the Hub.
+    """
+    print(f"Uploading {folder}; should that fail, the adapter stays here and the same command with --resume sends it")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     with hub_errors(repository, "--push_to_hub"):
-        commit = HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            ignore_patterns=["runs/*", "evaluation/*", "checkpoints/*", ".*"],
-            commit_message="Adapter",
-        )
+        additions = [CommitOperationAdd(file.name, file) for file in files]
+        commit = HfApi().create_commit(repository, additions, commit_message="Adapter")
     print(f"Uploaded to {commit.commit_url}")
 
 

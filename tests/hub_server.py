@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on the loopback address, for tests of what is uploaded to it and downloaded from it.
+"""A small Hugging Face Hub on the loopback address, and how to run commands that are logged in to it.
 
 It speaks what huggingface_hub 2.4 and datasets 5.2 say when `HF_ENDPOINT` is the server's `url`:
 
@@ -16,18 +16,25 @@ and its refusals, which X-Error-Code tells apart: an unknown or private reposito
 one (403, without a token 401), an unknown revision or file (404). The token `hub.token` is that of "someone" and opens
 everything; any other token opens what is neither private nor gated. All else is answered 501 and kept in
 `hub.unanswered`.
+
+The libraries read HF_ENDPOINT when they are imported, so each command runs in a process of its own, with an environment
+of its own.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from conftest import REPOSITORY, TOKEN
 
 OWNER = "someone"
 
@@ -78,11 +85,17 @@ class Repository:
 
 @dataclass
 class Answer:
-    """What a request is answered with; status 0 closes the connection without a word."""
+    """What a request is answered with; status 0 closes the connection without a word.
+
+    For answers sent in place of the right one: `read` is the share of the request's body that is read before the
+    connection is closed, and with `done` what was asked for is done first, so that only the word of it is lost.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict = field(default_factory=dict)
+    read: float = 1.0
+    done: bool = False
 
 
 def json_answer(value, status=200):
@@ -263,6 +276,45 @@ def _resolve(commit, path):
     return Answer(200, content, {"ETag": f'"{git_oid(content)}"', "X-Repo-Commit": commit.oid})
 
 
+def start(hub, command, cwd, **changes):
+    """Start `command` in `cwd` with nothing cached and logged in, except for `changes` of the environment."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(cwd),
+        "HF_HOME": str(cwd / "huggingface"),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.token,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(REPOSITORY),  # for python -c
+    }
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment | changes,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def finish(process):
+    """Wait for a process and return (exit code, stdout, stderr); no output may hold a token."""
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert not TOKEN.search(stdout + stderr)
+    return process.returncode, stdout, stderr
+
+
+def run(hub, command, cwd):
+    """Run a command that must succeed and return its stdout."""
+    code, stdout, stderr = finish(start(hub, command, cwd))
+    assert code == 0, stdout + stderr
+    return stdout
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -270,11 +322,15 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         request = Request(self.command, self.path, self.headers.get("Authorization"))
         hub.requests.append(request)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        failure = next((answer for fail in hub.failures if (answer := fail(request))), None)
-        answer = failure or hub.answer(request, body)
-        if answer.status == 0:
+        answer = next((answer for fail in hub.failures if (answer := fail(request))), None)
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(int(size * answer.read) if answer else size)
+        if answer is None or answer.done:
+            right_answer = hub.answer(request, body)
+            answer = answer or right_answer
+        if answer.status == 0 or answer.read < 1:
             self.close_connection = True
+        if answer.status == 0:
             return
         self.send_response(answer.status)
         for name, value in answer.headers.items():

@@ -1,28 +1,22 @@
 """Uploads to the Hub, downloads from it and its refusals: the real client libraries against a Hub on this machine.
 
-The libraries read HF_ENDPOINT when they are imported, so each command runs in a process of its own, with an environment
-of its own. Most of the time goes into importing torch, transformers and peft, so each command runs once and several
-tests look at it.
+Most of the time goes into importing torch, transformers and peft, so each command runs once and several tests look at
+it. What happens when an upload is cut off is in test_push_faults.py.
 """
 
 import csv
 import json
-import os
-import re
 import socket
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_server import HubServer
+from conftest import REPOSITORY, TOKEN
+from hub_server import HubServer, finish, run, start
 
 from prompts import TASKS, published_text
 
-REPOSITORY = Path(__file__).parent.parent
 TRAIN = (sys.executable, REPOSITORY / "train.py", "--steps", "2", "--max_seq_length", "128")
-TOKEN = re.compile("hf_[A-Za-z0-9]{34}")
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +24,6 @@ def hub():
     with HubServer() as server:
         yield server
     assert server.unanswered == []
-
-
-def start(hub, command, cwd, **changes):
-    """Start `command` in `cwd` with nothing cached and logged in, except for `changes` of the environment."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(cwd),
-        "HF_HOME": str(cwd / "huggingface"),
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": hub.token,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(REPOSITORY),  # for python -c
-    }
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env=environment | changes,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-
-
-def finish(process):
-    """Wait for a process and return (exit code, stdout, stderr); no output may hold a token."""
-    try:
-        stdout, stderr = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert not TOKEN.search(stdout + stderr)
-    return process.returncode, stdout, stderr
-
-
-def run(hub, command, cwd):
-    """Run a command that must succeed and return its stdout."""
-    code, stdout, stderr = finish(start(hub, command, cwd))
-    assert code == 0, stdout + stderr
-    return stdout
 
 
 def run_python(hub, code, cwd):
