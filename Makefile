@@ -1,9 +1,10 @@
-# make demo: the whole path on a laptop. make test: linter and tests. Both set up .venv first, once.
+# make demo: the whole path on a laptop. make test: linter and tests. make soak: 20 killed runs instead of 3. All set up
+# .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := smollm2-demo
 
-.PHONY: setup demo test
+.PHONY: setup demo test soak
 setup: .venv/.done
 
 .venv/.done: requirements.txt requirements-dev.txt Makefile
@@ -19,7 +20,10 @@ setup: .venv/.done
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+soak: setup
+	KILLS=20 $(BIN)/python -m pytest tests/test_cut_off.py -k killed_run_that_is_resumed
 
 # Replaces the output of an earlier demo.
 demo: setup
