@@ -29,12 +29,9 @@ def check_folder(folder, resume, overwrite):
     if resume and not folder.exists():
         raise UserError(f"{folder}: does not exist, so there is no run to resume; leave out --resume")
     if folder.exists() and not (resume or overwrite):
-        if is_finished(folder):
-            raise UserError(f"{folder}: exists; pass --overwrite to replace it, or name another --adapters_name")
-        raise UserError(
-            f"{folder}: exists and holds a run that is not finished; go on with it with --resume, replace it with "
-            "--overwrite, or name another --adapters_name"
-        )
+        unfinished = (folder / "checkpoints" / "run.json").exists()
+        choice = " and holds a run that is not finished; pass --resume to go on with it," if unfinished else "; pass"
+        raise UserError(f"{folder}: exists{choice} --overwrite to replace it, or name another --adapters_name")
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot write there ({nearest} is not writable); run from another folder")

@@ -67,6 +67,7 @@ class Repository:
 
     private: bool = False
     gated: bool = False
+    parameters: int | None = None  # what the Hub found in a model's safetensors files
     commits: list = field(default_factory=list)
 
     def add_commit(self, files, summary=""):
@@ -191,6 +192,7 @@ class HubServer:
                     "private": repository.private,
                     "gated": "manual" if repository.gated else False,
                     "siblings": [{"rfilename": path} for path in commit.files],
+                    "safetensors": repository.parameters and {"parameters": {}, "total": repository.parameters},
                 }
             )
         return self._unanswered(request)

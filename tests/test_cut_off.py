@@ -134,9 +134,22 @@ def test_a_killed_run_that_is_resumed_gives_the_result_of_one_never_killed(kille
     folder, printed = killed[MOMENTS[number % len(MOMENTS)], number]
     assert "Resuming from models/run/checkpoints/checkpoint-" in printed or "this run is finished" in printed
     assert result(folder) == uncut
+    assert not any(TOKEN.search(path.read_bytes().decode("latin-1")) for path in folder.rglob("*") if path.is_file())
     left = {path.name for path in (folder / "models" / "run").rglob("*")}
     assert not [name for name in left if name.endswith(".part")]
     assert {path.name for path in (folder / "models/run/checkpoints").iterdir()} == {"checkpoint-33", "checkpoint-36"}
+
+
+def test_a_run_killed_while_its_files_change_places_can_be_resumed(killed, uncut, options, tmp_path):
+    folder, _ = killed[MOMENTS[0], 0]
+    shutil.copytree(folder, tmp_path / "copy")
+    run = tmp_path / "copy" / "models" / "run"
+    (run / "run.json").rename(run / "checkpoints" / "run.json")
+    (run / "adapter_model.safetensors").unlink()
+    assert "Resuming from models/run/checkpoints/checkpoint-36" in run_to_the_end(
+        tmp_path / "copy", [*options, "--resume"]
+    )
+    assert result(tmp_path / "copy") == uncut
 
 
 @pytest.fixture(scope="module", params=[signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

@@ -161,6 +161,7 @@ REFUSALS = {  # what is wrong: words of the sentence that says so
     "gated model, no token": "no token is set",
     "gated model, no access": "your token has no access",
     "Hub unreachable": "cannot be reached",
+    "model too large for this machine": "70000.0 billion parameters take at least ",
 }
 
 
@@ -190,7 +191,10 @@ def refusals(hub, closed_port, gated, tiny_base, tmp_path_factory):
         "gated model, no token": ([gated, data], {"HF_TOKEN": ""}),
         "gated model, no access": ([gated, data], {"HF_TOKEN": "hf_" + "y" * 34}),
         "Hub unreachable": ([tiny_base, "someone/reviews"], {"HF_ENDPOINT": closed_port}),
+        "model too large for this machine": (["owner/large", data], {}),
     }
+    large = {"config.json": b'{"model_type": "llama"}'}
+    hub.add_repository("model", "owner/large", large).parameters = 70 * 10**12
     started = {}
     for wrong, ((model, dataset), changes) in commands.items():
         options = ["--base_model_name", model, "--task", "sst2", "--dataset_name", dataset]
@@ -211,6 +215,13 @@ def test_train_tells_in_one_line_what_the_hub_refused(refusals, wrong):
     assert stderr.count("train.py: error:") == 1 and "Traceback" not in stderr
     assert code == 2
     assert not (cwd / "models").exists()
+
+
+def test_nothing_of_a_model_that_is_too_large_is_downloaded(hub, refusals):
+    _, stderr, _ = refusals["model too large for this machine"]
+    assert "try everything with the small embedded model: --base_model_name smollm2" in stderr
+    asked = [request.path for request in hub.requests if "owner/large" in request.path]
+    assert asked and not [path for path in asked if "/resolve/" in path]
 
 
 def test_refusals_of_uploads_and_gated_data_sets_have_a_sentence_too(hub, closed_port, gated, tmp_path):
