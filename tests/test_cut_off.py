@@ -179,6 +179,42 @@ def test_a_signal_keeps_the_checkpoint_and_prints_the_command_that_goes_on(stopp
     assert result(folder) == uncut
 
 
+RUNS = {  # options, and the batch at which Ctrl-C comes
+    "between two evaluations": (["--epoch", "3", "--save_steps", "3"], 8),
+    "at a run by steps": (["--steps", "21"], 13),
+    "while gradients are accumulated": (["--epoch", "3", "--gradient_accumulation_steps", "3", "--save_steps", "1"], 6),
+    "with the best kept": (["--epoch", "6", "--keep", "best", "--learning_rate", "3e-2"], 18),
+    "before it stops early": (["--epoch", "6", "--early_stopping_patience", "2", "--learning_rate", "3e-2"], 9),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_interrupted_anywhere_goes_on_as_if_it_had_not_been(name, tiny_base, comments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more, batch = RUNS[name]
+    fixed = [*SHORT[2:], "--base_model_name", str(tiny_base), "--dataset_name", str(comments), *more]
+    whole, cut = ([*fixed, "--adapters_name", adapter] for adapter in ("whole", "cut"))
+    assert train.main(whole) == 0
+    batches = []
+    step = train.AnswerLossTrainer.training_step
+
+    def interrupted(*args):
+        batches.append(args)
+        if len(batches) == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.AnswerLossTrainer, "training_step", interrupted)
+        assert train.main(cut) == 130
+    assert not Path("models/cut/run.json").exists()
+    assert train.main([*cut, "--resume"]) == 0
+    for file in ("adapter_model.safetensors", "history.csv"):
+        assert Path("models/cut", file).read_bytes() == Path("models/whole", file).read_bytes()
+    kept = [json.loads(Path("models", adapter, "run.json").read_text())["kept_step"] for adapter in ("whole", "cut")]
+    assert kept[0] == kept[1]
+
+
 @pytest.fixture(scope="module")
 def unfinished(place, options):
     """A folder with a run killed after its second checkpoint."""
