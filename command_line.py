@@ -104,8 +104,12 @@ def replacing(target):
             sync(part)
             if part.is_dir() and target.is_dir():  # a folder cannot replace a folder that is not empty in one step
                 old = _beside(target, "old")
-                os.replace(target, old)
-                os.replace(part, target)
+                try:
+                    os.replace(target, old)
+                    os.replace(part, target)
+                finally:
+                    if not target.exists():
+                        os.replace(old, target)
                 shutil.rmtree(old)
             else:
                 os.replace(part, target)
@@ -123,6 +127,8 @@ def _remove_leftovers(target):
     for path in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(host)}.*.*"):
         pid = path.name.split(".")[-2]
         if path.name.endswith((".part", ".old")) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            if path.name.endswith(".old") and not target.exists():  # killed between the two renames
+                os.replace(path, target)
             remove(path)
 
 

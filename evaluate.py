@@ -88,7 +88,7 @@ def find_adapter(adapters_name):
         places = " and ".join(f"{folder}/" for folder in dict.fromkeys(tried))
         raise UserError(f"--adapters_name {adapters_name}: no adapter in {places} of {Path.cwd()}; {known}")
     with hub_errors(adapters_name, "adapter"):
-        folder = Path(snapshot_download(adapters_name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl"]))
+        folder = Path(snapshot_download(adapters_name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]))
     return check_files(folder), modeling.MODELS / adapters_name / "evaluation"
 
 

@@ -63,7 +63,8 @@ def load_tokenizer(base_model_name):
         path = base_model_name if of_adapter else _model_path(base_model_name)
         # The model's configuration, too: for a kind of model that it does not know, AutoTokenizer would run its code.
         _refuse_code(base_model_name, get_tokenizer_config(path))
-        _refuse_code(base_model_name, {} if of_adapter else PreTrainedConfig.get_config_dict(path)[0])
+        if not of_adapter or (Path(path) / "config.json").is_file():
+            _refuse_code(base_model_name, PreTrainedConfig.get_config_dict(path)[0])
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # Llama 2 has no pad token; its <unk> never stands in a text (byte fallback), and padding is masked anyway.

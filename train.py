@@ -674,7 +674,9 @@ def push_to_hub(folder, repository):
 
     Not with upload_folder, which makes several commits of a slow upload: cut off, it would leave a mix at the Hub.
     """
-    print(f"Uploading {folder}; should that fail, the adapter stays here and the same command with --resume sends it")
+    print(
+        f"Uploading {folder}; should that fail, the adapter stays here; --resume instead of --overwrite sends it again"
+    )
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     with hub_errors(repository, "--push_to_hub"):
         additions = [CommitOperationAdd(file.name, file) for file in files]

@@ -107,7 +107,14 @@ def no_json():
     ADAPTER.with_name("adapter_config.json").write_text("{")
 
 
+def with_code():
+    folder = ADAPTER.parent
+    (folder / "configuration_mine.py").write_text("import pathlib\npathlib.Path('ran').touch()\nMine = object\n")
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "configuration_mine.Mine"}}))
+
+
 ADAPTER_FAULTS = {
+    "with code": (with_code, "comes with Python code of its own (auto_map)"),
     "deeper": (lambda: change_weights(deeper), "has more layers than its base model"),
     "shallower": (lambda: change_weights(shallower), "lacks base_model.model.model.layers.1"),
     "other shapes": (lambda: change_weights(other_rank), "does not fit its base model"),
