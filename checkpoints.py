@@ -15,7 +15,7 @@ import os
 import re
 from pathlib import Path
 
-from command_line import UserError, remove, replacing, sync, writing_errors
+from command_line import UserError, remove, replacing, sync, sync_all, writing_errors
 
 KEPT = 2  # checkpoints: should the newest be found broken, there is one more
 CONTENTS = "contents.json"  # size and SHA-256 of a checkpoint's files, written last
@@ -77,21 +77,11 @@ def checkpoint(folder, step):
 
     Its files are on the disk before it gets its name, so that a name stands for a whole checkpoint.
     """
-    target = folder / "checkpoints" / f"checkpoint-{step}"
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with writing_errors(target):
-            remove(part)
-            part.mkdir(parents=True)
-            yield part
-            contents = {file.name: _content(file) for file in sorted(part.iterdir()) if file.is_file()}
-            (part / CONTENTS).write_text(json.dumps(contents, indent=2), encoding="utf-8")
-            sync(part)
-            remove(target)  # of that name there can only be a broken one
-            os.replace(part, target)
-            sync(target.parent)
-    finally:
-        remove(part)
+    with replacing(folder / "checkpoints" / f"checkpoint-{step}") as part:
+        part.mkdir()
+        yield part
+        contents = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(part.iterdir())}
+        (part / CONTENTS).write_text(json.dumps(contents, indent=2), encoding="utf-8")
     whole, _ = find_checkpoints(folder, read=False)
     for old in whole[:-KEPT]:
         remove(old)
@@ -124,27 +114,20 @@ def _step(path):
     return int(number[0]) if number else -1
 
 
-def _content(file, read=True):
-    size = file.stat().st_size
-    if not read:
-        return [size, None]
+def _digest(file):
     with open(file, "rb") as stream:
-        return [size, hashlib.file_digest(stream, "sha256").hexdigest()]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_whole(path, read):
     try:
         contents = json.loads((path / CONTENTS).read_text(encoding="utf-8"))
-        found = {name: _content(path / name, read) for name in contents}
+        return all(
+            (path / name).stat().st_size == size and (not read or _digest(path / name) == digest)
+            for name, (size, digest) in contents.items()
+        )
     except (OSError, ValueError):
         return False
-    return all(found[name] == ([size, digest] if read else [size, None]) for name, (size, digest) in contents.items())
-
-
-def write_json(file, value):
-    """Write `value` to `file` as JSON, whole or not at all."""
-    with replacing(file) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -156,7 +139,8 @@ def in_progress(folder, run):
     if run is not None:
         remove(folder / "checkpoints")
         remove(folder / "runs")
-        write_json(folder / "checkpoints" / "run.json", run)
+        with replacing(folder / "checkpoints" / "run.json") as part:
+            part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     try:
         yield
     except BaseException:
@@ -179,7 +163,7 @@ def result(folder):
             remove(part)
             part.mkdir()
             yield part
-            sync(part)
+            sync_all(part)
             for old in ("run.json", "evaluation"):
                 remove(folder / old)
             for file in sorted(part.iterdir(), key=lambda file: file.name == "run.json"):

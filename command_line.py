@@ -101,7 +101,7 @@ def replacing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
             yield part
-            sync(part)
+            sync_all(part)
             if part.is_dir() and target.is_dir():  # a folder cannot replace a folder that is not empty in one step
                 old = _beside(target, "old")
                 try:
@@ -113,6 +113,7 @@ def replacing(target):
                 shutil.rmtree(old)
             else:
                 os.replace(part, target)
+            sync(target.parent)
     finally:
         remove(part)
 
@@ -141,13 +142,18 @@ def remove(path):
 
 
 def sync(path):
-    """Return when a file, or a folder and all that is in it, is on the disk and not only in the system's memory."""
+    """Return when a file, or a folder's list of what is in it, is on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(path):
+    """Sync a file, or a folder with all that is in it."""
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(each)
 
 
 @contextlib.contextmanager

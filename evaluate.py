@@ -121,27 +121,32 @@ def read_run(folder):
     return run
 
 
-def check_base_model(folder, run, model=None):
-    """Raise UserError where the adapter was not trained on the base model that run.json names, or not on these weights.
+_GO_ON = "train it again on this one, or go on all the same with --force"
 
-    An adapter fits any base model of the same shapes. Before the model is loaded the names are compared; with `model`
-    the fingerprint of its weights, which adapters of older versions do not have.
+
+def check_base_name(folder, base_model):
+    """Raise UserError where the adapter's own configuration names another base model than run.json (`base_model`)."""
+    trained_on = modeling.read_adapter_config(folder).get("base_model_name_or_path")
+    if trained_on != base_model["name"]:
+        raise UserError(
+            f"{folder}: the adapter was trained on {trained_on}, but run.json names {base_model['name']}; {_GO_ON}"
+        )
+
+
+def check_base_weights(folder, base_model):
+    """Raise UserError where the base model, loaded before, has other weights than the adapter was trained on.
+
+    An adapter fits any base model of the same shapes. Adapters of older versions have no fingerprint to compare.
     """
-    name, advice = run["base_model"]["name"], "train it again on this one, or go on all the same with --force"
-    if model is None:
-        trained_on = modeling.read_adapter_config(folder).get("base_model_name_or_path")
-        if trained_on != name:
-            raise UserError(f"{folder}: the adapter was trained on {trained_on}, but run.json names {name}; {advice}")
-        return
-    trained_on = run["base_model"].get("fingerprint")
+    trained_on = base_model.get("fingerprint")
     if trained_on is None:
         print(f"Note: {folder / 'run.json'} has no fingerprint of the base model, so its weights were not compared")
         return
-    found = modeling.describe_base_model(name, model)["fingerprint"]
+    found = modeling.weights_fingerprint(base_model["name"], base_model["revision"])
     if found != trained_on:
         raise UserError(
-            f"{folder}: the adapter was trained on other weights of {name} (fingerprint {trained_on[:12]}, here "
-            f"{found[:12]}); {advice}"
+            f"{folder}: the adapter was trained on other weights of {base_model['name']} (fingerprint "
+            f"{trained_on[:12]}, here {found[:12]}); {_GO_ON}"
         )
 
 
@@ -272,13 +277,14 @@ def probability_columns(task):
 
 def load_model(folder, run, args):
     """Return (model, tokenizer) of the adapter in `folder`, or with --base_only of its base model alone."""
+    base_model = run["base_model"]
     if not args.force:
-        check_base_model(folder, run)
-    modeling.check_memory(run["base_model"]["name"])
+        check_base_name(folder, base_model)
+    modeling.check_memory(base_model["name"])
     tokenizer = modeling.load_tokenizer(str(folder))
-    model = modeling.load_base_model(run["base_model"]["name"], run["base_model"]["revision"])
+    model = modeling.load_base_model(base_model["name"], base_model["revision"])
     if not args.force:
-        check_base_model(folder, run, model)
+        check_base_weights(folder, base_model)
     return (model if args.base_only else modeling.load_adapter(model, folder)), tokenizer
 
 

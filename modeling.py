@@ -110,19 +110,15 @@ def load_base_model(base_model_name, revision=None):
 @contextlib.contextmanager
 def _loading_errors(base_model_name):
     """Turn what is wrong with a base model, here or at the Hub, into one-line errors."""
-    with hub_errors(base_model_name, "model"):
-        try:
+    try:
+        with hub_errors(base_model_name, "model"):
             yield
-        except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "response", None) is not None:
-                raise  # the Hub's
-            if error.__cause__ is not None and hasattr(error.__cause__, "response"):
-                raise
-            reason = str(error).strip().split("\n", 1)[0]
-            raise UserError(
-                f"model {base_model_name}: cannot be loaded ({reason}); needed are config.json, a tokenizer and the "
-                "weights of a causal language model in safetensors"
-            ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"model {base_model_name}: cannot be loaded ({reason}); needed are config.json, a tokenizer and the "
+            "weights of a causal language model in safetensors"
+        ) from error
 
 
 def _refuse_code(base_model_name, config):

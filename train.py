@@ -176,11 +176,8 @@ def _dropout(text):
 def parse_args(argv=None):
     """Return (args, task): every option resolved, nothing left to a default that is found later."""
     args = build_parser().parse_args(argv)
-    args.epoch = getattr(args, "epoch", None)
-    args.steps = getattr(args, "steps", None)
-    args.early_stopping_patience = getattr(args, "early_stopping_patience", None)
-    args.push_to_hub = getattr(args, "push_to_hub", None)
-    args.save_steps = getattr(args, "save_steps", None)
+    for name in ("epoch", "steps", "early_stopping_patience", "push_to_hub", "save_steps"):
+        setattr(args, name, getattr(args, name, None))
     if args.steps is None and args.epoch is None:
         args.epoch = DEFAULT_EPOCHS
     args.task = getattr(args, "task", None) or _task_beside(getattr(args, "dataset_name", None)) or DEFAULT_TASK
@@ -248,10 +245,11 @@ class AnswerLossTrainer(SFTTrainer):
         self.scored = scored
         self.answers = answers
         self.best = best
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.graphed_step = GraphedStep(self._step, self.trained) if graphed else None
         self.finite = StopAtNaN(self)
-        self.add_callback(self.finite)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.graphed_step = GraphedStep(self._step, trained) if graphed else None
+        for callback in (self.finite, LossSum(self), *([best] if best else [])):
+            self.add_callback(callback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
@@ -361,10 +359,9 @@ class StopAtNaN(TrainerCallback):
         self.trainer = trainer
         self.pending = []
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def on_step_end(self, args, state, control, **kwargs):
         # Of one weight that is not finite, the norm is not; and so with the sum of losses.
-        finite = torch.stack([self.trainer._tr_loss, get_total_norm(weights)]).isfinite()
+        finite = torch.stack([self.trainer._tr_loss, get_total_norm(self.trainer.trained)]).isfinite()
         event = None
         if finite.is_cuda:
             finite = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
@@ -422,16 +419,16 @@ class Remembered(ExportableState):
             setattr(self, name, value)
 
 
-class LossSum(TrainerCallback, Remembered):
+class LossSum(Remembered, TrainerCallback):
     """Keeps the sum of losses since the last logged line, which transformers forgets in a checkpoint between lines."""
 
     remembered = ("loss_sum", "logged_step")
 
-    def __init__(self):
-        self.trainer, self.loss_sum, self.logged_step = None, 0.0, 0
+    def __init__(self, trainer):
+        self.trainer, self.loss_sum, self.logged_step = trainer, 0.0, 0
 
     def state(self):
-        if self.trainer and hasattr(self.trainer, "_tr_loss"):
+        if hasattr(self.trainer, "_tr_loss"):  # not before training begins
             self.loss_sum = self.trainer._tr_loss.item()
             self.logged_step = self.trainer._globalstep_last_logged
         return super().state()
@@ -483,11 +480,10 @@ class KeepBest(TrainerCallback):
             self.step, self.macro_f1 = int(about["step"]), float(about["macro_f1"])
 
 
-class EarlyStopping(EarlyStoppingCallback, Remembered):
+class EarlyStopping(Remembered, EarlyStoppingCallback):
     """transformers' EarlyStoppingCallback without its advice to use checkpoints: KeepBest does that here."""
 
     remembered = ("early_stopping_patience_counter",)
-    state = Remembered.state
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.recall(state)
@@ -535,13 +531,12 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
     """Return the AnswerLossTrainer of a run; `encoded` is what `encode_splits` returns."""
     on_gpu = torch.cuda.is_available()
     sample = torch.randperm(len(encoded["train"]), generator=torch.Generator().manual_seed(args.seed))
-    loss_sum, best = LossSum(), KeepBest() if args.keep == "best" else None
-    callbacks = [EvaluateAtEnd(), loss_sum, *([best] if best else [])]
+    callbacks = [EvaluateAtEnd()]
     if args.early_stopping_patience:
         callbacks.append(EarlyStopping(args.early_stopping_patience))
     collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
     with modeling.float32_adapter(model):
-        loss_sum.trainer = AnswerLossTrainer(
+        return AnswerLossTrainer(
             model=model,
             args=training_config(args, output_dir),
             train_dataset=sft_dataset(encoded["train"]),
@@ -554,13 +549,12 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
                 "eval": encoded["validation"],
             },
             answers={label: answer_ids(tokenizer, label) for label in task.labels},
-            best=best,
+            best=KeepBest() if args.keep == "best" else None,
             # Padded batches have too many shapes, float16 a loss scale that changes, recomputing a random state to set.
             graphed=on_gpu
             and modeling.compute_dtype() == torch.bfloat16
             and not (args.no_shared_prefix or args.gradient_checkpointing),
         )
-    return loss_sum.trainer
 
 
 def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None):
