@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
 
-from command_line import UserError, remove, replacing, sync, sync_all, writing_errors
+from command_line import UserError, read_json, remove, replacing, sync, sync_all, writing_errors
 
+RUN_FORMAT = 1  # of run.json; raise it when an older evaluate.py would misread what train.py writes
 KEPT = 2  # checkpoints: should the newest be found broken, there is one more
 CONTENTS = "contents.json"  # size and SHA-256 of a checkpoint's files, written last
 
@@ -25,10 +25,11 @@ def check_folder(folder, resume, overwrite):
     """Raise UserError where a run cannot write to `folder`, would replace another unasked, or has none to resume."""
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file, and the adapter's folder {folder} is to be there; move it away")
-    if resume and not folder.exists():
+            raise UserError(f"{path}: is a file, and the run's folder {folder} is to be there; move it away")
+    used = folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
+    if resume and not used:
         raise UserError(f"{folder}: does not exist, so there is no run to resume; leave out --resume")
-    if folder.exists() and not (resume or overwrite):
+    if used and not (resume or overwrite):
         unfinished = (folder / "checkpoints" / "run.json").exists()
         choice = " and holds a run that is not finished; pass --resume to go on with it," if unfinished else "; pass"
         raise UserError(f"{folder}: exists{choice} --overwrite to replace it, or name another --adapters_name")
@@ -43,26 +44,32 @@ def is_finished(folder):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, resume, overwrite):
     """Hold `folder`, made if it is not there, for this run alone; raise UserError where another run holds it.
 
-    The system lets go of the lock when the process ends, however it ends. A folder that was made here and stayed empty
-    is removed again.
+    Looks again whether the folder can be used (`check_folder`): a short run may have ended there since. The system lets
+    go of the lock when the process ends, however it ends. A folder that was made here and stayed empty is removed.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")  # noqa: SIM115 - it stays open, which is the lock
     with file:
+        busy = UserError(f"{folder}: another run is writing there; wait for it, or name another --adapters_name")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"{folder}: another run is writing there; wait for it, or name another --adapters_name"
-                ) from error
+                raise busy from error
             print(f"{folder}: this file system knows no locks ({error.strerror}); start no second run there")
         try:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock")):
+                raise FileNotFoundError
+        except FileNotFoundError:  # the run that held it ended, and removed it, between the opening and the locking
+            raise busy from None
+        try:
+            _settle(folder)
+            check_folder(folder, resume, overwrite)
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
@@ -75,16 +82,19 @@ def locked(folder):
 def checkpoint(folder, step):
     """Yield a folder to write the checkpoint of `step` to; `folder` then holds it whole and the one before, no others.
 
-    Its files are on the disk before it gets its name, so that a name stands for a whole checkpoint.
+    Its files are on the disk before it gets its name, so that a name stands for a whole checkpoint. Incomplete ones and
+    those of later steps, from before the run was resumed, are removed.
     """
     with replacing(folder / "checkpoints" / f"checkpoint-{step}") as part:
         part.mkdir()
         yield part
         contents = {file.name: [file.stat().st_size, _digest(file)] for file in sorted(part.iterdir())}
         (part / CONTENTS).write_text(json.dumps(contents, indent=2), encoding="utf-8")
-    whole, _ = find_checkpoints(folder, read=False)
-    for old in whole[:-KEPT]:
+    whole, incomplete = find_checkpoints(folder, read=False)
+    later = [path for path in whole if step_of(path) > step]
+    for old in [*incomplete, *later, *whole[: -KEPT - len(later)]]:
         remove(old)
+    _settle(folder)
 
 
 def find_checkpoints(folder, read=True):
@@ -93,7 +103,7 @@ def find_checkpoints(folder, read=True):
     With `read` the files' contents are compared with what was written, else their sizes only.
     """
     whole, incomplete = [], []
-    for path in sorted((folder / "checkpoints").glob("*checkpoint-*"), key=_step):
+    for path in sorted((folder / "checkpoints").glob("*checkpoint-*"), key=step_of):
         is_one = re.fullmatch(r"checkpoint-\d+", path.name) and _is_whole(path, read)
         (whole if is_one else incomplete).append(path)
     return whole, incomplete
@@ -109,7 +119,8 @@ def newest_checkpoint(folder):
     return whole[-1]
 
 
-def _step(path):
+def step_of(path):
+    """Return the step in a checkpoint's name, -1 where it has none."""
     number = re.search(r"\d+", path.name)
     return int(number[0]) if number else -1
 
@@ -122,11 +133,11 @@ def _digest(file):
 def _is_whole(path, read):
     try:
         contents = json.loads((path / CONTENTS).read_text(encoding="utf-8"))
-        return all(
+        return bool(contents) and all(
             (path / name).stat().st_size == size and (not read or _digest(path / name) == digest)
             for name, (size, digest) in contents.items()
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 
@@ -134,11 +145,13 @@ def _is_whole(path, read):
 def in_progress(folder, run):
     """Wrap the training of the run described by the dict `run`, or with None of the one resumed.
 
-    A new one starts without an earlier one's checkpoints, and is forgotten if it fails before its first checkpoint.
+    A new one starts without an earlier one's checkpoints and logs, which are put aside and gone with its own first
+    checkpoint. If it fails before, it is forgotten and they are back.
     """
     if run is not None:
-        remove(folder / "checkpoints")
-        remove(folder / "runs")
+        for name in ("checkpoints", "runs"):
+            if (folder / name).exists():
+                os.replace(folder / name, folder / f".{name}.replaced")
         with replacing(folder / "checkpoints" / "run.json") as part:
             part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     try:
@@ -147,7 +160,19 @@ def in_progress(folder, run):
         if run is not None and not find_checkpoints(folder, read=False)[0]:
             remove(folder / "checkpoints")
             remove(folder / "runs")
+            _settle(folder)
         raise
+
+
+def _settle(folder):
+    """Remove what `in_progress` put aside, or put it back where the run that replaces it has no whole checkpoint."""
+    asides = list(folder.glob(".*.replaced"))
+    replaced = asides and find_checkpoints(folder, read=False)[0]
+    for aside in asides:
+        if not replaced:
+            remove(folder / aside.name.split(".")[1])
+            os.replace(aside, folder / aside.name.split(".")[1])
+        remove(aside)
 
 
 @contextlib.contextmanager
@@ -155,7 +180,8 @@ def result(folder):
     """Yield a folder to write a run's result to, run.json among it; `folder` then holds it in place of an older one.
 
     While files change places there is no run.json, so a folder that has one holds one run's files. Killed in between,
-    the run can still be resumed from its last checkpoint.
+    the run can still be resumed from its last checkpoint. Of the older result goes what its run.json lists as its
+    files; what a user has put beside them stays.
     """
     part = folder / ".result.part"
     try:
@@ -164,7 +190,9 @@ def result(folder):
             part.mkdir()
             yield part
             sync_all(part)
-            for old in ("run.json", "evaluation"):
+            if (folder / "run.json").exists():
+                os.replace(folder / "run.json", folder / ".replaced.json")
+            for old in (*result_files(folder / ".replaced.json"), "evaluation", ".replaced.json"):
                 remove(folder / old)
             for file in sorted(part.iterdir(), key=lambda file: file.name == "run.json"):
                 remove(folder / file.name)
@@ -175,13 +203,67 @@ def result(folder):
         remove(part)
 
 
-def read_run(folder):
+def result_files(run_json):
+    """Return the names of the files of the result that a run.json belongs to; none where it cannot be read."""
+    try:
+        names = read_json(run_json.read_text(encoding="utf-8"))["files"]
+        return [name for name in names if name == os.path.basename(name) and name not in ("", ".", "..")]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+_FIELDS = {  # what other scripts read from run.json
+    "options": {"max_seq_length": int},
+    "task": {},
+    "data": {"dataset_name": str, "fingerprint": str},
+    "base_model": {"name": str, "revision": str | None},
+}
+
+
+def read_run(file, advice):
+    """Return the dict of a run.json; raise UserError, with `advice` on what to do, where it is not as train.py's."""
+    try:
+        run = read_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; without it the data and the prompt are not known; {advice}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); {advice}") from error
+    for name, fields in _FIELDS.items():
+        value = run.get(name) if isinstance(run, dict) else None
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: has no {name}; it is not what train.py wrote; {advice}")
+        for field, kind in fields.items():
+            if not isinstance(value.get(field, ...), kind):
+                raise UserError(f"{file}: has no {field} in {name}; it is not what train.py wrote; {advice}")
+    if run.get("format", 0) not in range(RUN_FORMAT + 1):
+        raise UserError(
+            f"{file}: written by a newer version of this toolkit (format {run['format']}, here up to "
+            f"{RUN_FORMAT}); update this toolkit, or {advice}"
+        )
+    return run
+
+
+def run_to_resume(folder):
     """Return run.json's dict of the run in `folder`: of the one in progress, else of the finished one."""
     file = folder / "run.json" if is_finished(folder) else folder / "checkpoints" / "run.json"
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read, so the run cannot be resumed; start anew with --overwrite") from error
+    return read_run(file, "the run cannot be resumed, start anew with --overwrite")
+
+
+def find_resumable(folder, run, free):
+    """Return (dict of the earlier run in `folder`, the checkpoint to go on from, or None where it is finished).
+
+    Prints which. Raises UserError where `run`, this one's dict, would not give its result; `free` as in `check_same`.
+    """
+    earlier = run_to_resume(folder)
+    check_same(earlier, run, free)
+    if is_finished(folder):
+        print(f"{folder}: this run is finished")
+        return earlier, None
+    checkpoint = newest_checkpoint(folder)
+    print(f"Resuming from {checkpoint}")
+    return earlier, checkpoint
 
 
 def check_same(before, now, free):
@@ -197,10 +279,11 @@ def check_same(before, now, free):
                 "anew with --overwrite"
             )
     if before["task"] != now["task"]:
-        changed = next(field for field in now["task"] if before["task"].get(field) != now["task"][field])
+        fields = now["task"] | before["task"]
+        changed = next(name for name in fields if before["task"].get(name) != now["task"].get(name))
         raise UserError(
             f"--task: its {changed} was {before['task'].get(changed)!r} when the run was started and is "
-            f"{now['task'][changed]!r} now; resume with the same task, or start anew with --overwrite"
+            f"{now['task'].get(changed)!r} now; resume with the same task, or start anew with --overwrite"
         )
     old, new = before["data"], now["data"]
     if old["fingerprint"] != new["fingerprint"]:
@@ -209,6 +292,11 @@ def check_same(before, now, free):
             f"{old['fingerprint'][:12]}) than now ({new['dataset_name']}, {new['fingerprint'][:12]}); restore them, or "
             "start anew with --overwrite"
         )
+    if old.get("tokens") != new["tokens"]:
+        raise UserError(
+            f"--base_model_name {now['options']['base_model_name']}: its tokenizer gives other tokens than when the "
+            "run was started; restore it, or start anew with --overwrite"
+        )
     for name in ("device", "compute_dtype", "versions"):
-        if before[name] != now[name]:
-            print(f"Note: {name} was {before[name]} and is {now[name]}: results may differ in their last digits")
+        if before.get(name) != now[name]:
+            print(f"Note: {name} was {before.get(name)} and is {now[name]}: results may differ in their last digits")

@@ -52,10 +52,15 @@ def one_line_errors(main):
     def guarded(argv=None):
         program = Path(main.__code__.co_filename).name
         try:
-            with _terminated_by_sigterm():
+            with _stopped_by_signals(for_good=main.__module__ == "__main__"):
                 main(argv)
         except UserError as error:
             print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"{program}: error: {_one_line(error.filename)}: {error.strerror}; name another", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
             print(f"{program}: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
@@ -72,19 +77,24 @@ def _one_line(message):
 
 
 @contextlib.contextmanager
-def _terminated_by_sigterm():
+def _stopped_by_signals(for_good):
+    """Let SIGINT and SIGTERM stop the block, once; with `for_good` a second one is ignored until the process ends."""
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield
         return
 
     def stop(number, frame):
-        raise Terminated
+        for each in before:  # a second one must not cut off what the first one has the program say and tidy up
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not (for_good and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN):
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -127,7 +137,9 @@ def _remove_leftovers(target):
     host = socket.gethostname()
     for path in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(host)}.*.*"):
         pid = path.name.split(".")[-2]
-        if path.name.endswith((".part", ".old")) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+        # A process of this one's number is this one, or in a container the one that was killed before it.
+        gone = pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
+        if path.name.endswith((".part", ".old")) and gone:
             if path.name.endswith(".old") and not target.exists():  # killed between the two renames
                 os.replace(path, target)
             remove(path)
@@ -138,7 +150,8 @@ def remove(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # it cannot be there
+            path.unlink(missing_ok=True)
 
 
 def sync(path):
@@ -228,7 +241,7 @@ def _hub_reason(error):
     if any(code == 429 or code >= 500 for code in status - {None}):
         return "the Hub is overloaded or out of order; try again later"
     offline = {"ConnectionError", "TimeoutError", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
-    if names & offline:
+    if names & offline or any("CAS service error" in str(cause) for cause in chain):  # hf_xet's, a bare RuntimeError
         return "the Hub cannot be reached; check the network, or name a local path"
     if names & {"EmptyDatasetError", "DataFilesNotFoundError"}:
         return "it holds no data files, such as train.jsonl"
@@ -268,17 +281,24 @@ def read_json(text):
     return value
 
 
+def not_empty(text):
+    """Read a text for argparse; an empty one is most often a shell variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def positive_int(text):
-    """Read a whole number above 0 for argparse."""
-    value = _number(int, text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    """Read a whole number from 1 to 2**31 - 1 for argparse."""
+    value = number(int, text)
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be {'1 or more' if value < 1 else 'below 2147483648'}, not {text}")
     return value
 
 
 def positive_float(text):
     """Read a finite number above 0 for argparse."""
-    value = _number(float, text)
+    value = number(float, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
@@ -286,13 +306,14 @@ def positive_float(text):
 
 def seed(text):
     """Read a seed that torch and numpy both take (0 to 2**32 - 1) for argparse."""
-    value = _number(int, text)
+    value = number(int, text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be from 0 to {2**32 - 1}, not {text}")
     return value
 
 
-def _number(kind, text):
+def number(kind, text):
+    """Read an int or a float, which `kind` is, for argparse."""
     try:
         return kind(text)
     except ValueError:

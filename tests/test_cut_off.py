@@ -1,5 +1,9 @@
 """Training runs that are cut off, as real processes with real signals, full disks and full memory, and resumed."""
 
+import contextlib
+import errno
+import fcntl
+import io
 import json
 import os
 import random
@@ -8,6 +12,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY, TOKEN, write_json_lines
 
 import evaluate
 import train
+from command_line import UserError, replacing
 
 KILLS = int(os.environ.get("KILLS", "3"))  # make soak: 20
 SHORT = ["--adapters_name", "run", "--task", "sst2", "--train_batch_size", "4", "--learning_rate", "1e-2"]
@@ -254,6 +261,7 @@ CHANGED = {
     "--epoch": ("12", "13"),
     "--keep": ("last", "best"),
     "--no_shared_prefix": ("False", "True"),
+    "--early_stopping_patience": ("None", "2"),
 }
 
 
@@ -285,9 +293,26 @@ def test_a_resumed_run_must_have_the_same_rows_task_and_weights(half_done, optio
     content = weights.read_bytes()
     try:
         weights.write_bytes(content[:-4] + b"\x00\x00\x00\x40")  # one number is another now, 2.0
-        assert "its weights were others when the run was started" in refused(train.main, *options, "--resume")
+        assert "its weights or its config.json were others when the" in refused(train.main, *options, "--resume")
     finally:
         weights.write_bytes(content)
+    config = tiny_base / "config.json"
+    content = config.read_text()
+    try:
+        config.write_text(json.dumps(json.loads(content) | {"rms_norm_eps": 1e-3}))
+        assert "its weights or its config.json were others when the" in refused(train.main, *options, "--resume")
+    finally:
+        config.write_text(content)
+    tokenizer = tiny_base / "tokenizer.json"
+    content = tokenizer.read_text()
+    parts = json.loads(content)
+    vocabulary = parts["model"]["vocab"]
+    vocabulary["Ġfilm"], vocabulary["Ġnumber"] = vocabulary["Ġnumber"], vocabulary["Ġfilm"]
+    try:
+        tokenizer.write_text(json.dumps(parts))
+        assert "its tokenizer gives other tokens than when the run" in refused(train.main, *options, "--resume")
+    finally:
+        tokenizer.write_text(content)
 
 
 def test_what_changes_no_result_may_differ(half_done, options, uncut):
@@ -325,6 +350,13 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(half_done, options, name,
     assert f"{newest}: incomplete, skipped" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("contents", ["", "null", "[]", "{}", '{"optimizer.pt": 1}', "[1]"])
+def test_a_checkpoint_whose_list_of_files_is_damaged_is_incomplete(half_done, contents):
+    newest, older = half_done / "checkpoints" / "checkpoint-6", half_done / "checkpoints" / "checkpoint-3"
+    (newest / train.checkpoints.CONTENTS).write_text(contents)
+    assert train.checkpoints.find_checkpoints(half_done) == ([older], [newest])
+
+
 def test_the_run_goes_on_from_the_older_checkpoint(half_done, options, uncut):
     newest = half_done / "checkpoints" / "checkpoint-6"
     (newest / "scheduler.pt").unlink()
@@ -341,6 +373,206 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(half_done, opt
         (folder / "optimizer.pt").unlink()
     line = refused(train.main, *options, "--resume")
     assert "models/run/checkpoints: no complete checkpoint to resume from; start anew with --overwrite" in line
+
+
+def refused_line(main, options):
+    """Return the last line on stderr of a run that ends with 2 but may leave files, such as checkpoints."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert main(options) == 2
+    return printed.getvalue().splitlines()[-1]
+
+
+def test_weights_that_become_nan_late_stop_there_and_keep_the_checkpoints(half_done, options, monkeypatch):
+    step = train.AnswerLossTrainer.training_step
+    steps = []
+
+    def spoiled(trainer, *args):
+        steps.append(args)
+        if len(steps) == 5:
+            trainer.trained[0].data[0, 0] = float("nan")
+        return step(trainer, *args)
+
+    monkeypatch.setattr(train.AnswerLossTrainer, "training_step", spoiled)
+    shutil.rmtree("models")
+    assert "step 5: the loss became NaN" in refused_line(train.main, options)
+    assert [path.name for path in half_done.glob("checkpoints/checkpoint-*")] == ["checkpoint-3"]
+    assert not (half_done / "run.json").exists()
+
+
+def test_full_memory_in_a_later_epoch_keeps_the_checkpoints_and_says_how_to_go_on(half_done, options, monkeypatch):
+    step = train.AnswerLossTrainer.training_step
+    steps = []
+
+    def hungry(trainer, *args):
+        steps.append(args)
+        if len(steps) == 5:
+            torch.empty(2**45)  # 140 TB
+        return step(trainer, *args)
+
+    monkeypatch.setattr(train.AnswerLossTrainer, "training_step", hungry)
+    shutil.rmtree("models")
+    line = refused_line(train.main, options)
+    assert "out of memory: a batch has 4 rows of up to 512 tokens; pass --gradient_checkpointing" in line
+    assert "kept: models/run/checkpoints/checkpoint-3; to go on: python train.py" in line
+    monkeypatch.undo()
+    monkeypatch.chdir(half_done.parent.parent)
+    assert train.main([*options, "--resume", "--gradient_checkpointing"]) == 0
+
+
+FAILURES = {"NaN at once": ["--learning_rate", "1e38"], "no such module": ["--lora_target_modules", "x_proj"]}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_run_with_overwrite_that_fails_at_once_leaves_the_earlier_run(half_done, options, failure, refused):
+    (half_done / "runs").mkdir()
+    (half_done / "runs" / "log").write_text("of tensorboard")
+    refused(train.main, *options, *FAILURES[failure], "--overwrite")  # compares all files before and after
+    assert train.checkpoints.newest_checkpoint(half_done).name == "checkpoint-6"
+
+
+def test_a_run_with_overwrite_that_is_killed_at_once_leaves_the_earlier_run(half_done, options, uncut):
+    process = start(Path.cwd(), [*options, "--overwrite"])
+    wait_for(process, lambda: (half_done / ".checkpoints.replaced").exists())
+    process.kill()
+    process.wait()
+    assert not (half_done / "checkpoints" / "checkpoint-6").exists()
+    assert "Resuming from models/run/checkpoints/checkpoint-6" in run_to_the_end(Path.cwd(), [*options, "--resume"])
+    assert result(Path.cwd()) == uncut
+    assert not list(half_done.glob(".*.replaced"))
+
+
+def test_a_signal_that_comes_twice_is_still_answered_with_the_command_to_go_on(place, options):
+    folder = place()
+    process = start(folder, options)
+    wait_for(process, lambda: first_checkpoint(folder))
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.002)
+    code, printed = finish(process, folder)
+    assert code == 130
+    assert "to go on: python train.py" in printed.splitlines()[-1]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_leaves_nothing(place, options):
+    folder = place()
+    process = start(folder, options)
+    wait_for(process, lambda: (folder / "models/run/.lock").exists())
+    process.send_signal(signal.SIGTERM)
+    code, printed = finish(process, folder)
+    assert code == 143
+    assert printed.splitlines()[-1] == "train.py: interrupted"
+    assert {path.name for path in folder.iterdir()} == {"films.jsonl", "output.txt"}
+
+
+def test_a_checkpoint_removes_broken_and_later_ones(half_done):
+    folder = half_done / "checkpoints"
+    shutil.copytree(folder / "checkpoint-6", folder / ".checkpoint-7.host.1.part")  # as a kill inside a save leaves it
+    damaged = folder / "checkpoint-6" / "optimizer.pt"
+    damaged.write_bytes(b"?" * damaged.stat().st_size)
+    with train.checkpoints.checkpoint(half_done, 5) as part:
+        (part / "weights").write_text("new")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-5", "run.json"]
+
+
+def test_a_run_that_waited_while_another_ended_does_not_replace_it(half_done, options, monkeypatch):
+    """The second one finds the folder free, reads its data, and meanwhile the first one comes and goes."""
+    shutil.rmtree("models")
+    read_splits = train.read_splits
+
+    def slow(*args):
+        half_done.mkdir(parents=True)
+        (half_done / "run.json").write_text("of the first")
+        return read_splits(*args)
+
+    monkeypatch.setattr(train, "read_splits", slow)
+    assert "models/run: exists; pass --overwrite to replace it" in refused_line(train.main, options)
+    assert (half_done / "run.json").read_text() == "of the first"
+
+
+def test_a_lock_removed_by_the_run_that_held_it_is_no_lock(half_done, monkeypatch):
+    """Opened before the first run ended and locked after it: a third run would make a new one."""
+    flock = fcntl.flock
+
+    def late(file, operation):
+        (half_done / ".lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        pytest.raises(UserError, match="another run is writing there"),
+        train.checkpoints.locked(half_done, True, False),
+    ):
+        pytest.fail("two runs in one folder")
+
+
+def test_where_the_file_system_knows_no_locks_that_is_said_and_the_run_goes_on(half_done, options, monkeypatch, capfd):
+    def unknown(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert train.main([*options[:-1], "1", "--overwrite"]) == 0
+    assert "models/run: this file system knows no locks (No locks available)" in capfd.readouterr().out
+
+
+def test_overwriting_leaves_nothing_of_the_old_adapter_and_all_that_is_the_users(half_done, options):
+    assert train.main([*options[:-1], "1", "--overwrite"]) == 0
+    run = json.loads((half_done / "run.json").read_text())
+    assert run["files"] == sorted(path.name for path in half_done.glob("[!.]*") if path.is_file())
+    (half_done / "vocab.txt").write_text("of another tokenizer")
+    (half_done / "run.json").write_text(json.dumps(run | {"files": [*run["files"], "vocab.txt", "../../films.jsonl"]}))
+    (half_done / "notes.md").write_text("mine")
+    assert train.main([*options[:-1], "1", "--overwrite"]) == 0
+    assert not (half_done / "vocab.txt").exists()
+    assert (half_done / "notes.md").read_text() == "mine" and Path("films.jsonl").exists()
+    assert "notes.md" not in json.loads((half_done / "run.json").read_text())["files"]
+    assert not list(half_done.glob(".*"))
+
+
+@pytest.mark.parametrize("killed_before", ["the second rename", "the removal"])
+def test_a_folder_whose_replacement_was_cut_short_is_whole_again(killed_before, tmp_path):
+    code = f"""
+import os, shutil, signal
+from pathlib import Path
+from command_line import replacing
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+replace, calls = os.replace, []
+def second(*args):
+    calls.append(args)
+    kill() if len(calls) == 2 else replace(*args)
+if {killed_before!r} == "the removal":
+    shutil.rmtree = kill
+else:
+    os.replace = second
+with replacing(Path("results")) as part:
+    part.mkdir()
+    (part / "a").write_text("new")
+"""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a").write_text("old")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment).returncode == -signal.SIGKILL
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "results"):
+        raise KeyboardInterrupt  # nothing new is written, but what was cut short is put in order
+    assert (tmp_path / "results/a").read_text() == ("old" if killed_before == "the second rename" else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize("ending", ["part", "old"])
+def test_leftovers_of_a_killed_process_of_the_same_number_go_first(ending, tmp_path):
+    """In a container every run may be process 1 of the same host."""
+    left = tmp_path / f".results.{socket.gethostname()}.{os.getpid()}.{ending}"
+    left.mkdir()
+    (left / "a").write_text("old")
+    if ending == "part":
+        with replacing(tmp_path / "results") as part:
+            part.mkdir()
+            (part / "a").write_text("new")
+    else:
+        with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "results"):
+            raise KeyboardInterrupt  # nothing new is written, but what was cut short is put in order
+    assert (tmp_path / "results" / "a").read_text() == ("new" if ending == "part" else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,17 +644,21 @@ def test_full_memory_is_said_with_batch_and_length(place, options):
     code, printed = finish(start(folder, [*options, "--max_seq_length", "30000"], preexec_fn=limit), folder)
     assert code == 2, printed
     last = printed.splitlines()[-1]
-    assert "out of memory: a batch has 4 rows of up to 30000 tokens; lower --train_batch_size" in last
+    assert "out of memory: a batch has 4 rows of up to 30000 tokens; pass --gradient_checkpointing" in last
+    assert "or start anew with a lower --train_batch_size" in last
     assert not (folder / "models").exists()
 
 
 def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(place, tiny_base, monkeypatch, capfd):
     monkeypatch.chdir(place())
     shutil.copytree(tiny_base, "large")
-    with open("large/model.safetensors", "r+b") as file:
-        file.truncate(2**42)  # takes no room on the disk
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
+    with open("large/model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2**42)  # takes no room on the disk
+    os.link("large/model.safetensors", "large/consolidated.safetensors")  # the same again, which is not loaded
     assert train.main([*SHORT, "--base_model_name", "large", "--dataset_name", "films.jsonl"]) == 2
     printed = capfd.readouterr()
-    assert re.search(r"--base_model_name large: 2199.0 billion parameters take at least \d+ GB of memory", printed.err)
+    assert re.search(r"--base_model_name large: 1099.5 billion parameters take at least \d+ GB of memory", printed.err)
     assert "try everything with the small embedded model: --base_model_name smollm2" in printed.err
     assert printed.err.count("\n") == 1

@@ -158,6 +158,7 @@ def test_evaluate_downloads_the_adapter_and_scores_it(hub, adapter, reviews, tmp
 
 REFUSALS = {  # what is wrong: words of the sentence that says so
     "unknown data set": "no such repository",
+    "unknown model": "no such repository",
     "gated model, no token": "no token is set",
     "gated model, no access": "your token has no access",
     "Hub unreachable": "cannot be reached",
@@ -188,6 +189,7 @@ def refusals(hub, closed_port, gated, tiny_base, tmp_path_factory):
     data.write_bytes(json_lines({"sentence": f"a gem {number}", "label_text": "positive"} for number in range(10)))
     commands = {
         "unknown data set": ([tiny_base, "someone/unknown"], {}),
+        "unknown model": (["someone/unknown", data], {}),
         "gated model, no token": ([gated, data], {"HF_TOKEN": ""}),
         "gated model, no access": ([gated, data], {"HF_TOKEN": "hf_" + "y" * 34}),
         "Hub unreachable": ([tiny_base, "someone/reviews"], {"HF_ENDPOINT": closed_port}),
@@ -215,6 +217,11 @@ def test_train_tells_in_one_line_what_the_hub_refused(refusals, wrong):
     assert stderr.count("train.py: error:") == 1 and "Traceback" not in stderr
     assert code == 2
     assert not (cwd / "models").exists()
+
+
+def test_what_is_wrong_at_the_hub_has_four_sentences(refusals):
+    kinds = ("unknown model", "gated model, no token", "gated model, no access", "Hub unreachable")
+    assert len({refusals[wrong][1].splitlines()[-1].split(": ", 3)[-1] for wrong in kinds}) == 4
 
 
 def test_nothing_of_a_model_that_is_too_large_is_downloaded(hub, refusals):

@@ -183,3 +183,15 @@ def test_a_missing_file_and_a_missing_choice_are_said(tmp_path, capsys):
         merge_labels.main([str(tmp_path / "none.json")])
     assert stop.value.code == 2
     assert "one of the arguments --scheme --merge is required" in capsys.readouterr().err
+
+
+def test_a_private_file_stays_private(stances):
+    stances.chmod(0o600)
+    assert merge(stances, GROUPS) == 0
+    assert stances.with_name("stances_merged.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_output_below_a_file_is_refused(stances, capsys):
+    assert merge(stances, GROUPS, "--output", stances / "out.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "stances.json" in error and error.count("\n") == 1

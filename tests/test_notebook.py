@@ -300,3 +300,15 @@ def test_a_folder_that_holds_the_source_is_left_alone(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="name another output_dir"):
         run(NOTEBOOK, source.parent, source=str(source))
     assert source.read_text() == '{"sentence": "fun", "label_text": "positive"}\n'
+
+
+def test_a_folder_with_the_users_own_rows_is_left_alone(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("train.jsonl", "README.md"):
+        (folder / name).write_text("labelled by hand\n")
+    with pytest.raises(papermill.PapermillExecutionError, match="holds files that are not this notebook's to replace"):
+        run(copy_without_tokens(tmp_path), folder, row_limit=40)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
+        ("train.jsonl", "README.md"), "labelled by hand\n"
+    )

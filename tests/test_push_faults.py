@@ -14,6 +14,9 @@ import pytest
 from conftest import REPOSITORY, TOKEN
 from hub_server import Answer, HubServer, Repository, finish, run, start
 
+import train
+from command_line import UserError
+
 OVERLOADED, UNREACHABLE = "the Hub is overloaded or out of order", "the Hub cannot be reached"
 FAULTS = {  # name of the repository: the answer to a commit, words of the error, whether the commit is made
     "error-500": (Answer(500), OVERLOADED, False),
@@ -155,9 +158,9 @@ NEW_ADAPTER = {
     "README.md": b"---\nbase_model: someone/base\n---\n",
     "adapter_config.json": b'{"r": 64}',
     "adapter_model.safetensors": bytes(range(256)) * 4000,
-    "run.json": b'{"steps": 2}',
     "tokenizer.json": b"{}",
 }
+NEW_ADAPTER["run.json"] = json.dumps({"steps": 2, "files": [*NEW_ADAPTER, "run.json"]}).encode()
 UPLOADS = (
     SLOW_UPLOAD
     + """
@@ -185,6 +188,7 @@ def adapters(tmp_path_factory):
     """{name: (what each of three uploads said, "" for one that went well; what the Hub held after each commit)}."""
     cwd = tmp_path_factory.mktemp("training")
     (cwd / "adapter").mkdir()
+    (cwd / "adapter" / "notes.txt").write_text("the user's own")
     for file, content in NEW_ADAPTER.items():
         (cwd / "adapter" / file).write_bytes(content)
     with faulty_hub("model", OLD_ADAPTER) as hub:
@@ -200,3 +204,9 @@ def test_train_fails_in_a_sentence_and_the_next_upload_is_whole(adapters, name):
     assert first.startswith(f"--push_to_hub someone/{name}: {words}") and "\n" not in first
     assert later == ["", ""]
     assert held == [OLD_ADAPTER, NEW_ADAPTER]
+
+
+def test_an_adapter_that_does_not_name_its_files_is_not_uploaded_as_nothing(tmp_path):
+    (tmp_path / "run.json").write_text('{"steps": 2}')
+    with pytest.raises(UserError, match="does not say which files to upload"):
+        train.push_to_hub(tmp_path, "someone/adapter")
