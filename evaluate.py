@@ -6,6 +6,7 @@ python evaluate.py --adapters_name smollm2-epoch5 --decoding labels --split vali
 
 import copy
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
 import modeling
+from baselines import MAJORITY, TFIDF, ZERO_SHOT, majority_class, tfidf_regression
+from checkpoints import read_run
 from command_line import (
     CommandParser,
     UserError,
@@ -29,16 +32,31 @@ from command_line import (
     seed,
 )
 from metrics import (
+    System,
+    calibration_bins,
     classification_metrics,
     confusion_counts,
     label_probabilities,
     predicted_labels,
     probability_metrics,
+    scored_systems,
 )
 from prompts import answer_ids, encode_rows, parse_answer, task_from_fields
-from reports import draw_confusion_matrices, results_table
+from reports import (
+    comparison_sentences,
+    draw_comparison,
+    draw_confusion_matrices,
+    draw_reliability,
+    interval_notes,
+    results_table,
+    score_sentence,
+    systems_table,
+    write_html_report,
+)
 from rows import read_splits
-from shared_prefix import label_log_probs, prefix_cache
+from shared_prefix import label_log_probs, not_finite, prefix_cache
+
+EVALUATED = "evaluated model"  # beside its baselines
 
 
 def build_parser():
@@ -61,6 +79,11 @@ def build_parser():
     parser.add_argument(
         "--split", nargs="+", choices=("train", "validation"), default=["train", "validation"], help="rows to score"
     )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="compare with the majority class, TF-IDF and logistic regression, and the model without the adapter",
+    )
     parser.add_argument("--base_only", action="store_true", help="score the base model without the adapter")
     parser.add_argument(
         "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
@@ -82,8 +105,9 @@ def find_adapter(adapters_name):
             raise UserError(f"{folder}: its training is not finished; go on with it: python train.py ... --resume")
         if (folder / "adapter_config.json").is_file():
             return check_files(folder), folder / "evaluation"
-    if adapters_name.count("/") != 1 or adapters_name.startswith("."):
-        names = sorted(path.parent.name for path in modeling.MODELS.glob("[!.]*/run.json"))
+    if adapters_name.count("/") != 1 or Path(parts[0]).is_dir() or adapters_name.startswith("."):
+        found = modeling.MODELS.glob("[!.]*/adapter_config.json")
+        names = sorted(path.parent.name for path in found if (path.parent / "run.json").is_file())
         known = f"models/ has {', '.join(names)}" if names else "models/ has none"
         places = " and ".join(f"{folder}/" for folder in dict.fromkeys(tried))
         raise UserError(f"--adapters_name {adapters_name}: no adapter in {places} of {Path.cwd()}; {known}")
@@ -99,26 +123,6 @@ def check_files(folder):
         what = ", only adapter_model.bin, a pickle, which could run code and is never loaded" if pickled else ""
         raise UserError(f"{folder}: has no adapter_model.safetensors{what}; train again or copy the whole folder")
     return folder
-
-
-def read_run(folder):
-    """Return the dict of the adapter's run.json."""
-    file = folder / "run.json"
-    if not file.is_file():
-        raise UserError(f"{file}: missing; train.py writes it, and without it the data and the prompt are not known")
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); train the adapter again") from error
-    missing = {"options", "task", "data", "base_model"} - set(run if isinstance(run, dict) else ())
-    if missing:
-        raise UserError(f"{file}: has no {sorted(missing)[0]}; it is not what train.py wrote")
-    if run.get("format", 0) > modeling.RUN_FORMAT:
-        raise UserError(
-            f"{file}: written by a newer version of this toolkit (format {run['format']}, here up to "
-            f"{modeling.RUN_FORMAT}); update this toolkit, or train the adapter again with it"
-        )
-    return run
 
 
 _GO_ON = "train it again on this one, or go on all the same with --force"
@@ -142,23 +146,23 @@ def check_base_weights(folder, base_model):
     if trained_on is None:
         print(f"Note: {folder / 'run.json'} has no fingerprint of the base model, so its weights were not compared")
         return
-    found = modeling.weights_fingerprint(base_model["name"], base_model["revision"])
+    found = modeling.base_fingerprint(base_model["name"], base_model["revision"])
     if found != trained_on:
         raise UserError(
-            f"{folder}: the adapter was trained on other weights of {base_model['name']} (fingerprint "
-            f"{trained_on[:12]}, here {found[:12]}); {_GO_ON}"
+            f"{folder}: the adapter was trained on other weights or another config.json of {base_model['name']} "
+            f"(fingerprint {trained_on[:12]}, here {found[:12]}); {_GO_ON}"
         )
 
 
-def read_rows(run, task, splits_wanted):
-    """Return {split: rows} as train.py had them; raise UserError where the data are no longer the same."""
+def read_rows(run, task):
+    """Return {split: rows}, both, as train.py had them; raise UserError where the data are no longer the same."""
     splits = read_splits(run["data"]["dataset_name"], task)
     if splits.fingerprint() != run["data"]["fingerprint"]:
         raise UserError(
             f"{run['data']['dataset_name']}: its rows are no longer those that the adapter was trained with, so train "
             "and validation rows could be mixed up; restore them or train again"
         )
-    return {split: getattr(splits, split) for split in ("train", "validation") if split in splits_wanted}
+    return {"train": splits.train, "validation": splits.validation}
 
 
 class RowSampler(LogitsProcessor):
@@ -179,6 +183,13 @@ class RowSampler(LogitsProcessor):
         uniform = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in self.generators])
         gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
         return scores.float() / self.temperature + gumbel.to(scores.device, torch.float32)
+
+
+def refuse_nan(input_ids, scores):
+    """Return `scores` as they are, as a logits processor; raise UserError for NaN, whose argmax is just some token."""
+    if scores.isnan().any():
+        raise UserError(not_finite("generating"))
+    return scores
 
 
 @torch.inference_mode()
@@ -204,7 +215,7 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
             batch = pad_behind([prompts[position] for position in positions], length, tokenizer.pad_token_id)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(positions))
-            processors = [sampler(positions)] if sampler else None
+            processors = [refuse_nan, *([sampler(positions)] if sampler else [])]
             ids = model.generate(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()},
                 past_key_values=cache,
@@ -233,7 +244,7 @@ def pad_behind(prompts, length, pad_token_id):
     }
 
 
-def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding):
+def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding, name=None):
     """Return a DataFrame of predictions for one split: split, row, sentence, label_text, prediction and more.
 
     Generated answers add `output`, their text. Label scoring adds `p_<label>` for every label, the softmax over the
@@ -244,7 +255,7 @@ def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding):
     answers = [answer_ids(tokenizer, label) for label in task.labels]
     table = rows.to_pandas()
     table.insert(0, "split", split)
-    options = {"batch_size": args.batch_size, "description": f"{decoding} {split}"}
+    options = {"batch_size": args.batch_size, "description": f"{name or decoding} {split}"}
     if decoding == "labels":
         log_probs = label_log_probs(model, prompts, answers, **options)
         probabilities = label_probabilities(log_probs)
@@ -288,44 +299,153 @@ def load_model(folder, run, args):
     return (model if args.base_only else modeling.load_adapter(model, folder)), tokenizer
 
 
-def score(task, predictions):
-    """Return {split: metrics} and {split: confusion counts} of a predictions DataFrame."""
+def baseline_systems(model, tokenizer, task, rows, splits, run, args):
+    """Return {split: {name: System}} of what the adapter is compared with; the first two learn from the train rows.
+
+    The model without the adapter is scored label by label. With --base_only that is what is evaluated, and left out.
+    """
+    systems = {}
+    for split in splits:
+        sentences = rows[split]["sentence"][:]
+        systems[split] = {
+            MAJORITY: System([majority_class(rows["train"], sentences)]),
+            TFIDF: System([tfidf_regression(rows["train"], sentences)]),
+        }
+        if not args.base_only:
+            with model.disable_adapter():
+                table = evaluate_split(model, tokenizer, task, split, rows[split], run, args, "labels", ZERO_SHOT)
+            probabilities = table[probability_columns(task)].to_numpy()
+            systems[split][ZERO_SHOT] = System([table["prediction"].tolist()], probabilities[None])
+    return systems
+
+
+def score(task, predictions, baselines):
+    """Return {split: metrics} and {split: confusion counts} of a predictions DataFrame.
+
+    The metrics have the 95% intervals of accuracy and macro-F1, and under "baselines" the numbers of `baselines`
+    ({split: {name: System}}), as `scored_systems` gives them.
+    """
     metrics, counts = {}, {}
     for split, table in predictions.groupby("split", sort=False):
         predicted = [label if isinstance(label, str) else None for label in table["prediction"]]
-        metrics[split] = classification_metrics(task.labels, table["label_text"], predicted)
-        counts[split] = confusion_counts(task.labels, table["label_text"], predicted)
+        truth = table["label_text"].tolist()
+        metrics[split] = classification_metrics(task.labels, truth, predicted)
+        counts[split] = confusion_counts(task.labels, truth, predicted)
         if "margin" in table:
             probabilities = table[probability_columns(task)].to_numpy()
-            metrics[split] |= probability_metrics(task.labels, table["label_text"], probabilities)
+            metrics[split] |= probability_metrics(task.labels, truth, probabilities)
+        systems = {EVALUATED: System([predicted]), **baselines.get(split, {})}
+        numbers = scored_systems(task.labels, truth, systems, compare=EVALUATED)
+        own = numbers.pop(EVALUATED)
+        metrics[split] |= {f"{name}_interval": own[name]["interval"] for name in ("accuracy", "macro_f1")}
+        if numbers:
+            metrics[split]["baselines"] = numbers
     return metrics, counts
 
 
-def write_results(folder, task, predictions, metrics, counts, settings):
-    """Write metrics.json, predictions.csv, confusion_matrix.png and settings.json; `folder` is replaced whole."""
+def compared_systems(metrics):
+    """Return {name: numbers} of one split's metrics, in the form of `scored_systems`: of what was evaluated, first."""
+    own = metrics | {
+        name: {"mean": metrics[name], "sd": None, "interval": metrics[f"{name}_interval"]}
+        for name in ("accuracy", "macro_f1")
+    }
+    return {EVALUATED: own, **metrics.get("baselines", {})}
+
+
+def summary_sentences(metrics):
+    """Return a list of sentences on {split: metrics}: the scores, against what, and what the rows are too few for."""
+    sentences = []
+    for split, numbers in metrics.items():
+        systems = compared_systems(numbers)
+        own = systems.pop(EVALUATED)
+        sentences.append(f"{split.capitalize()}, {numbers['n']} rows. {score_sentence(EVALUATED, own)}")
+        sentences += comparison_sentences(EVALUATED, systems, numbers["n"])
+        sentences += interval_notes(f"{split} rows", own, numbers["n"])
+    return sentences
+
+
+def check_writable(folder):
+    """Raise UserError where `folder` cannot be made or written to, before the time for an evaluation is spent."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: is a file, and the evaluation's folder {folder} is to be there; move it away")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot write there ({nearest} is not writable); make it so, or copy the adapter")
+
+
+def write_results(folder, task, predictions, metrics, counts, settings, curves):
+    """Write metrics.json, predictions.csv, settings.json, pictures and report.html; `folder` is replaced whole.
+
+    `curves` is the path of the adapter's training_curves.png, which belongs into the report where it is there.
+    """
     with replacing(folder) as part:
         part.mkdir()
         (part / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         predictions.to_csv(part / "predictions.csv", index=False)
-        draw_confusion_matrices(task.labels, counts, part / "confusion_matrix.png")
         (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        pictures = draw_pictures(part, task, predictions, metrics, counts)
+        if curves.is_file():
+            pictures.append(("Training: losses and scores over the epochs", curves))
+        tables = []
+        for split, numbers in metrics.items():
+            per_class = pd.DataFrame(numbers["per_class"]).T.rename_axis("label").reset_index()
+            note = "In square brackets the 95% interval, by a bootstrap over the rows."
+            tables.append((f"Scores, {split} rows", systems_table(compared_systems(numbers)), note))
+            tables.append((f"Labels, {split} rows", per_class.astype({"support": int}), ""))
+        write_html_report(
+            part / "report.html",
+            title=f"Evaluation: {'base model of ' if settings['base_only'] else ''}{settings['adapters_name']}, "
+            f"decoding {settings['decoding']}",
+            summary=summary_sentences(metrics),
+            tables=tables,
+            pictures=pictures,
+            settings=settings,
+            mistakes=predictions[predictions["prediction"] != predictions["label_text"]],
+        )
+
+
+def draw_pictures(folder, task, predictions, metrics, counts):
+    """Draw what there is to draw of an evaluation to `folder`; return a list of (caption, path)."""
+    draw_confusion_matrices(task.labels, counts, folder / "confusion_matrix.png")
+    pictures = [("Confusion matrix", folder / "confusion_matrix.png")]
+    if "margin" in predictions:
+        bins = {
+            split: calibration_bins(task.labels, table["label_text"], table[probability_columns(task)].to_numpy())
+            for split, table in predictions.groupby("split", sort=False)
+        }
+        draw_reliability(bins, folder / "reliability.png")
+        pictures.append(("Reliability: is it as often right as it says?", folder / "reliability.png"))
+    for split, numbers in metrics.items():
+        if "baselines" in numbers:
+            draw_comparison(compared_systems(numbers), folder / f"comparison_{split}.png")
+            pictures.append(
+                (f"Against the baselines, {split} rows, with 95% intervals", folder / f"comparison_{split}.png")
+            )
+    return pictures
 
 
 @one_line_errors
 def main(argv=None):
     args = build_parser().parse_args(argv)
     folder, evaluation = find_adapter(args.adapters_name)
-    run = read_run(folder)
+    run = read_run(folder / "run.json", "train the adapter again")
     task = task_from_fields(run["task"], folder / "run.json")
-    rows = read_rows(run, task, args.split)
+    rows = read_rows(run, task)
+    splits = [split for split in rows if split in args.split]
+    check_writable(evaluation)
     model, tokenizer = load_model(folder, run, args)
+    advice = (
+        f"a batch has {args.batch_size} rows of up to {run['options']['max_seq_length']} tokens; lower --batch_size"
+    )
+    with modeling.memory_errors(advice):
+        baselines = baseline_systems(model, tokenizer, task, rows, splits, run, args) if args.baselines else {}
     results, folders = {}, []
     for decoding in dict.fromkeys(args.decoding):
         start = time.perf_counter()
-        with modeling.memory_errors(f"a batch has {args.batch_size} rows; lower --batch_size"):
-            tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in rows]
+        with modeling.memory_errors(advice):
+            tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in splits]
         predictions = pd.concat(tables)
-        results[decoding], counts = score(task, predictions)
+        results[decoding], counts = score(task, predictions, baselines)
         unused = () if decoding == "sample" else ("temperature", "seed")
         settings = {name: value for name, value in vars(args).items() if name not in unused} | {
             "decoding": decoding,
@@ -335,9 +455,14 @@ def main(argv=None):
             "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
         }
         folders.append(evaluation / f"{'base-' if args.base_only else ''}{decoding}")
-        write_results(folders[-1], task, predictions, results[decoding], counts, settings)
+        write_results(
+            folders[-1], task, predictions, results[decoding], counts, settings, folder / "training_curves.png"
+        )
     print(results_table(results))
-    print(f"metrics.json, predictions.csv and confusion_matrix.png: {', '.join(map(str, folders))}")
+    print("In square brackets: the 95% interval, by a bootstrap over the rows.")
+    for decoding, metrics in results.items():
+        print(*[f"{decoding}: {sentence}" for sentence in summary_sentences(metrics)], sep="\n")
+    print(f"report.html, metrics.json, predictions.csv and pictures: {', '.join(map(str, folders))}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
 """The one place where predictions become numbers. Training, evaluation and reports all call it."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.special import softmax
+from scipy.stats import norm
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 INVALID = -1  # the class index of an output that is no label
 CALIBRATION_BINS = 10
+RESAMPLES = 10_000  # the ends of an interval then move by about 0.002 from one seed to another
+BOOTSTRAP_SEED = 42  # not --seed: the same predictions give the same interval
+# In cross-validation every row helps to predict the others, and they it: where one of two like rows is right because of
+# the other, so is the other. On labels that mean nothing the correlations of a row's hit with the others' add up to
+# 2/pi (the arcsine law for the sign of a sum), and the variance of the mean to 1 + 2/pi times that of rows on their
+# own, which is all that a bootstrap over rows sees (no unbiased estimate exists: Bengio and Grandvalet 2004).
+CROSS_VALIDATED = math.sqrt(1 + 2 / math.pi)
 
 
 def classification_metrics(labels, label_text, predictions):
@@ -55,14 +65,24 @@ def probability_metrics(labels, label_text, probabilities):
     probability: |accuracy - mean probability| in ten bins of equal width, weighted by their rows (Guo et al. 2017,
     arXiv:1706.04599); on few rows it is above 0 by chance alone.
     """
-    truth = np.array(_indices(labels, label_text))
-    confidence, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.bincount(bins, (predicted == truth) - confidence, minlength=CALIBRATION_BINS)
+    bins = calibration_bins(labels, label_text, probabilities)
+    gaps = (bins["accuracy"] - bins["confidence"]).abs()
     return {
-        "log_loss": float(log_loss(truth, probabilities, labels=range(len(labels)))),
-        "expected_calibration_error": float(np.abs(gaps).sum() / len(truth)),
+        "log_loss": float(log_loss(_indices(labels, label_text), probabilities, labels=range(len(labels)))),
+        "expected_calibration_error": float(np.average(gaps, weights=bins["rows"])),
     }
+
+
+def calibration_bins(labels, label_text, probabilities):
+    """Return a DataFrame of confidence, accuracy and rows, a line for each of ten bins that has rows.
+
+    The bins are those of the predicted label's probability, of equal width; `probabilities` is (rows, labels).
+    """
+    confidence = probabilities.max(axis=1)
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    right = probabilities.argmax(axis=1) == np.array(_indices(labels, label_text))
+    each = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float), "rows": 1}).groupby(bins)
+    return each.agg({"confidence": "mean", "accuracy": "mean", "rows": "sum"}).reset_index(drop=True)
 
 
 def confusion_counts(labels, label_text, predictions):
@@ -79,3 +99,149 @@ def _indices(labels, values):
 
 def _number(value):
     return None if math.isnan(value) else float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several predictions of the same rows, and what other rows would have given: the bootstrap
+
+
+@dataclass(frozen=True)
+class System:
+    """What a model or a baseline says of some rows, once or in several repeats.
+
+    `predictions` is a list over repeats of lists over rows: labels, or None for what is no label. `probabilities`
+    (repeats, rows, labels) may be None: not every system has any. `cross_validated` says that what it says of a row was
+    learned from the other rows.
+    """
+
+    predictions: list
+    probabilities: np.ndarray | None = None
+    cross_validated: bool = False
+
+
+def scored_systems(labels, label_text, systems, compare=None):
+    """Return {name: numbers} of `systems`, {name: System}, all on the rows with `label_text`.
+
+    The numbers: accuracy and macro_f1, each a dict of mean and sd over the repeats (sd None for one) and the 95%
+    interval of the mean [low, high] by `bootstrap_scores`, wider for a system that was cross-validated; per_class_f1,
+    the mean over the repeats; invalid and confusion (as `confusion_counts` gives it, nested lists), summed over them;
+    log_loss (nats) and expected_calibration_error over all of them, where there are probabilities. With `compare`, a
+    system's name, every other one gets difference: {"accuracy": {"mean", "interval"}, "macro_f1": ...}, compare's less
+    its own, paired.
+    """
+    bootstraps = bootstrap_scores(labels, label_text, {name: system.predictions for name, system in systems.items()})
+    found = {}
+    for name, system in systems.items():
+        found[name] = numbers = _repeated_metrics(labels, label_text, system)
+        for score, bootstrap in bootstraps[name].items():
+            numbers[score]["interval"] = bootstrap.interval(_widening(system))
+        if compare is not None and name != compare:
+            paired = {score: bootstraps[compare][score] - bootstraps[name][score] for score in bootstraps[name]}
+            numbers["difference"] = {
+                score: {
+                    "mean": float(difference.estimate),
+                    "interval": difference.interval(_widening(system, systems[compare])),
+                }
+                for score, difference in paired.items()
+            }
+    return found
+
+
+def _widening(*systems):
+    return CROSS_VALIDATED if any(system.cross_validated for system in systems) else 1.0
+
+
+def _repeated_metrics(labels, label_text, system):
+    """Return the numbers of `scored_systems` that need no bootstrap."""
+    each = [classification_metrics(labels, label_text, predictions) for predictions in system.predictions]
+    frame = pd.DataFrame(each)[["accuracy", "macro_f1"]]
+    f1 = pd.DataFrame([{label: of["per_class"][label]["f1"] for label in labels} for of in each], dtype=float)
+    confusion = sum(confusion_counts(labels, label_text, predictions) for predictions in system.predictions)
+    numbers = {
+        score: {"mean": float(frame[score].mean()), "sd": _number(frame[score].std())} for score in frame.columns
+    } | {
+        "per_class_f1": {label: _number(f1[label].mean()) for label in labels},
+        "invalid": sum(of["invalid"] for of in each),
+        "confusion": confusion.tolist(),
+    }
+    if system.probabilities is not None:
+        together = np.concatenate(list(system.probabilities))
+        numbers |= probability_metrics(labels, list(label_text) * len(system.probabilities), together)
+    return numbers
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """A score of one set of rows, and what it would be on other sets of rows like it.
+
+    `estimate` is the score; `draws` (resamples,) are those of rows drawn with replacement; `jackknife` (cells,) those
+    with one row left out, each of `counts` (cells,) rows alike. The difference of two of the same `bootstrap_scores` is
+    paired: both scores come from the same rows every time.
+    """
+
+    estimate: float
+    draws: np.ndarray
+    jackknife: np.ndarray
+    counts: np.ndarray
+    lowest: float = 0.0  # that there can be; the highest is 1
+
+    def __sub__(self, other):
+        differences = (getattr(self, name) - getattr(other, name) for name in ("estimate", "draws", "jackknife"))
+        return Bootstrap(*differences, self.counts, lowest=-1.0)
+
+    def interval(self, widening=1.0):
+        """Return [low, high], the 95% interval: percentiles of the draws, corrected for bias and skewness (BCa).
+
+        Efron 1987, doi:10.1080/01621459.1987.10478410. Where all draws are alike (every row is right), so are its ends.
+        `widening` multiplies the ends' distances from the estimate.
+        """
+        below = ((self.draws < self.estimate).mean() + (self.draws <= self.estimate).mean()) / 2
+        bias = norm.ppf(np.clip(below, 1 / len(self.draws), 1 - 1 / len(self.draws)))
+        pulls = np.average(self.jackknife, weights=self.counts) - self.jackknife
+        spread = (self.counts * pulls**2).sum() ** 1.5
+        skew = (self.counts * pulls**3).sum() / (6 * spread) if spread > 0 else 0.0
+        wanted = bias + norm.ppf([0.025, 0.975])
+        ends = np.quantile(self.draws, norm.cdf(bias + wanted / (1 - skew * wanted)))
+        return np.clip(self.estimate + widening * (ends - self.estimate), self.lowest, 1.0).tolist()
+
+
+def bootstrap_scores(labels, label_text, systems):
+    """Return {name: {"accuracy": Bootstrap, "macro_f1": Bootstrap}}, all from the same draws of the rows.
+
+    `systems` is {name: predictions}, each a list over repeats of lists over rows (labels, or None for what is no
+    label): a row is drawn with all its repeats, and a score is the mean over the repeats of what
+    `classification_metrics` gives. Rows that agree in label and all predictions are one cell, drawn together by their
+    number: the cost grows with the kinds of rows, not with the rows.
+    """
+    columns = [_indices(labels, label_text)]
+    for repeats in systems.values():
+        columns += [_indices(labels, predictions) for predictions in repeats]
+    cells, counts = np.unique(np.array(columns).T, axis=0, return_counts=True)
+    rows = counts.sum()
+    drawn = np.random.default_rng(BOOTSTRAP_SEED).multinomial(rows, counts / rows, size=RESAMPLES)
+    left_out = counts - np.eye(len(counts), dtype=np.int64) if rows > 1 else counts[None]
+    weights = np.concatenate([counts[None], drawn, left_out]).astype(np.float64)
+    found, column = {}, 1
+    for name, repeats in systems.items():
+        predicted = cells[:, column : column + len(repeats)].T
+        column += len(repeats)
+        each = [weighted_scores(weights, cells[:, 0], of_repeat, len(labels)) for of_repeat in predicted]
+        found[name] = {
+            score: Bootstrap(values[0], values[1 : RESAMPLES + 1], values[RESAMPLES + 1 :], counts)
+            for score, values in zip(("accuracy", "macro_f1"), np.mean(each, axis=0), strict=True)
+        }
+    return found
+
+
+def weighted_scores(weights, truth, predicted, classes):
+    """Return accuracy and macro-F1, both (draws,), of rows that count `weights` (draws, rows).
+
+    As `classification_metrics` defines them; `truth` and `predicted` (rows,) are indices of `classes` labels.
+    """
+    known = np.arange(classes)
+    is_true, is_predicted = truth[:, None] == known, predicted[:, None] == known
+    right = weights @ (is_true & is_predicted)
+    both = weights @ is_true + weights @ is_predicted
+    with np.errstate(invalid="ignore"):  # 0/0: a label that neither a row nor a prediction has takes no part
+        f1 = 2 * right / both
+    return right.sum(axis=1) / weights.sum(axis=1), np.nanmean(f1, axis=1)

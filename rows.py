@@ -1,16 +1,19 @@
 """Labelled rows: read them from a Hub data set, a folder or a JSON-lines file, check them, split them.
 
-train.py and evaluate.py both call `read_splits`, so both see the same rows on the same side.
+train.py and evaluate.py both call `read_splits`, so both see the same rows on the same side; cross_validate.py takes
+all rows and cuts them with `stratified_folds`.
 """
 
 import codecs
 import hashlib
 import json
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from sklearn.model_selection import RepeatedStratifiedKFold
 
 from command_line import UserError, hub_errors, read_json
 from prompts import match_label, read_published_text
@@ -37,8 +40,13 @@ class Splits:
 
     def fingerprint(self):
         """Return a SHA-256 over the sentences and labels of both splits, in order."""
-        rows = [[split["sentence"][:], split["label_text"][:]] for split in (self.train, self.validation)]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return fingerprint(self.train, self.validation)
+
+
+def fingerprint(*parts):
+    """Return a SHA-256 over the sentences and labels of Datasets, in order."""
+    rows = [[part["sentence"][:], part["label_text"][:]] for part in parts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def read_json_lines(path):
@@ -102,27 +110,15 @@ def read_splits(dataset_name, task):
     A sentence never stands on both sides: of equal ones the first stays before a cut, and a train row with a sentence
     of a separate validation split is dropped. Raises UserError for data that cannot be used.
     """
-    found = _load(dataset_name)
-    notes, rows, problems = [], {}, []
-    for split, records in found.items():
-        if not records:
-            raise UserError(f"{dataset_name}: its split {split} has no rows; add rows or name other data")
-        rows[split], bad = _rows_and_problems(records, task, notes)
-        problems += bad
-    refuse_rows(problems, _rows_wanted(task))
+    found, rows, notes = _read_all(dataset_name, task)
     validation = rows.get("validation")
-    if validation is None or _repeats(rows["train"], validation):
-        first = {}
-        for row in rows["train"]:
-            first.setdefault(row["sentence"].strip(), row)
-        distinct = list(first.values())
+    if validation is None:
+        distinct = _distinct(found, rows["train"], notes)
         if len(distinct) < 2:
             raise UserError(
                 f"{dataset_name}: {len(distinct)} row cannot be split into train and validation; add rows with other "
                 "sentences"
             )
-        reason = "rows left out: their sentences stand in an earlier row"
-        notes += _left_out(found["train"], rows["train"], distinct, reason)
         cut = _dataset(distinct).train_test_split(test_size=TEST_SIZE, shuffle=True, seed=SPLIT_SEED)
         notes += _missing_labels(cut["train"], task)
         return Splits(cut["train"], cut["test"], tuple(notes))
@@ -133,16 +129,83 @@ def read_splits(dataset_name, task):
             f"{dataset_name}: most sentences of its train split are in its validation split too; split anew"
         )
     reason = "train rows left out: their sentences are validation rows too"
-    notes += _left_out(found["train"], rows["train"], train, reason)
+    notes += _left_out(found, rows["train"], train, reason)
     train = _dataset(train)
     notes += _missing_labels(train, task)
     return Splits(train, _dataset(validation), tuple(notes))
 
 
-def _left_out(records, rows, kept, reason):
-    """Return a list of one note, or none, on those of `rows` that are not `kept`, with their places in `records`."""
-    kept = {row["row"] for row in kept}
-    places = [records[row["row"]][0] for row in rows if row["row"] not in kept]
+def read_rows(dataset_name, task):
+    """Return (Dataset of all labelled rows, notes to print) of `dataset_name`: both splits, no sentence twice.
+
+    Its columns are split and row, which say where a row stands, sentence and label_text. Raises UserError for data that
+    cannot be used.
+    """
+    found, rows, notes = _read_all(dataset_name, task)
+    together = [row for split in rows.values() for row in split]
+    distinct = datasets.Dataset.from_list(_distinct(found, together, notes))
+    return distinct, (*notes, *_missing_labels(distinct, task))
+
+
+def stratified_folds(label_text, folds, repeats, seed):
+    """Return (folds, notes to print): for every repeat, a list of `folds` integer arrays of the rows that are held out.
+
+    Every row is held out once a repeat, and a label's rows are spread evenly over the folds. A label with fewer rows
+    than folds is in some folds' training rows only, and one with a single row is never learned where it is asked for;
+    the notes say so. Raises UserError where no label has as many rows as there are folds.
+    """
+    counts = Counter(label_text)
+    most = max(counts.values())
+    if most < folds:
+        raise UserError(f"--folds {folds}: no label has as many rows, the most frequent one has {most}; lower it")
+    notes = [
+        f"label {label!r} has {count} row{'s' if count > 1 else ''}, fewer than {folds} folds: "
+        + ("it is not learned where it is held out" if count == 1 else "some folds hold none of it out")
+        for label, count in counts.items()
+        if count < folds
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        cuts = RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(
+            label_text, label_text
+        )
+        held_out = [rows for _, rows in cuts]
+    return [held_out[start : start + folds] for start in range(0, len(held_out), folds)], notes
+
+
+def _read_all(dataset_name, task):
+    """Return ({split: [(place, record)]}, {split: rows}, notes) of `dataset_name`, a validation split only if separate.
+
+    Raises one UserError for all rows that cannot be used.
+    """
+    found = _load(dataset_name)
+    notes, rows, problems = [], {}, []
+    for split, records in found.items():
+        if not records:
+            raise UserError(f"{dataset_name}: its split {split} has no rows; add rows or name other data")
+        good, bad = _rows_and_problems(records, task, notes)
+        rows[split] = [{"split": split, **row} for row in good]
+        problems += bad
+    refuse_rows(problems, _rows_wanted(task))
+    if "validation" in rows and _repeats(rows["train"], rows["validation"]):
+        del rows["validation"]
+    return found, rows, notes
+
+
+def _distinct(found, rows, notes):
+    """Return `rows` without those whose sentence stands in an earlier one, and add a note on these."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["sentence"].strip(), row)
+    distinct = list(first.values())
+    notes += _left_out(found, rows, distinct, "rows left out: their sentences stand in an earlier row")
+    return distinct
+
+
+def _left_out(found, rows, kept, reason):
+    """Return a list of one note, or none, on those of `rows` that are not `kept`, with their places in `found`."""
+    kept = {(row["split"], row["row"]) for row in kept}
+    places = [found[row["split"]][row["row"]][0] for row in rows if (row["split"], row["row"]) not in kept]
     return [f"{len(places)} {reason} ({first_ten(places)})"] if places else []
 
 
@@ -277,4 +340,5 @@ def _repeats(train, validation):
 
 
 def _dataset(rows):
-    return datasets.Dataset.from_list(rows)
+    """Return `rows` without the split that they were read from: from here on it is the one they are put in."""
+    return datasets.Dataset.from_list(rows).remove_columns("split")

@@ -68,6 +68,7 @@ def test_files_and_numbers(run, capsys):
         "metrics.json",
         "predictions.csv",
         "confusion_matrix.png",
+        "report.html",
         "settings.json",
     }
     table, metrics = predictions(folder), json.loads((folder / "metrics.json").read_text())
@@ -82,9 +83,38 @@ def test_files_and_numbers(run, capsys):
         assert metrics[split]["macro_f1"] == pytest.approx(expected)
         assert metrics[split]["invalid"] == (predicted == "").sum()
     last = capsys.readouterr().out.splitlines()
-    accuracy = f"{metrics['validation']['accuracy']:.4f}"
+    accuracy = f"{metrics['validation']['accuracy']:.3f}"
     assert any("F1-score on Val." in line for line in last)
     assert any(line.split()[0] == "sample" and accuracy in line for line in last if line.strip())
+
+
+def test_scores_have_intervals_and_it_is_said_where_these_are_wide(run, capsys):
+    folder = run("--decoding", "sample", "--temperature", HOT) / "sample"
+    metrics, printed = json.loads((folder / "metrics.json").read_text()), capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.split()[0] == "sample")
+    for split, numbers in metrics.items():
+        for score in ("accuracy", "macro_f1"):
+            low, high = numbers[f"{score}_interval"]
+            assert 0 <= low <= numbers[score] <= high <= 1
+            assert f"{numbers[score]:.3f} [{low:.3f}, {high:.3f}]" in line
+            name = {"accuracy": "accuracy", "macro_f1": "macro-F1"}[score]
+            wide = f"{split.capitalize()} rows: the interval of {name} is {high - low:.2f} wide; {numbers['n']} rows"
+            assert (wide in printed) == (high - low > 0.2)
+    low, high = metrics["validation"]["accuracy_interval"]
+    assert high - low > 0.2  # or nothing was tested here
+
+
+def test_a_report_holds_the_pictures_the_tables_and_what_went_wrong(run):
+    folder = run("--temperature", HOT, "--baselines")
+    for decoding, pictures in (("sample", 4), ("labels", 5)):  # curves, matrix, two comparisons; reliability
+        report = (folder / decoding / "report.html").read_text(encoding="utf-8")
+        assert report.count('<img src="data:image/png;base64,') == pictures
+        table = predictions(folder / decoding)
+        wrong = table[table["prediction"] != table["label_text"]]
+        assert all(f"<bdi>{sentence}</bdi>" in report for sentence in wrong["sentence"])
+        assert "zero-shot, no adapter" in report and "versions.torch" in report
+    assert (folder / "labels" / "reliability.png").stat().st_size > 5000
+    assert not (folder / "sample" / "reliability.png").exists()
 
 
 def test_the_tiny_model_was_worth_testing_on(run):
@@ -196,7 +226,8 @@ def decodings(run, capsys):
     folder = run()
     assert {path.name for path in folder.iterdir()} == {"greedy", "sample", "labels"}
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[-4:-1] == ["decoding", "sample", "labels"]  # one table, the published way and label scoring
+    start = len(lines) - lines[::-1].index("decoding") - 1
+    assert lines[start : start + 3] == ["decoding", "sample", "labels"]  # one table: the published way, label scoring
 
 
 def temperature(run, capsys):
@@ -252,6 +283,29 @@ def force(run, capsys):
     assert (run("--force") / "labels").is_dir()
 
 
+def baselines(run, capsys):
+    folder = run("--decoding", "labels", "--baselines", "--batch_size", "30")
+    metrics, table = json.loads((folder / "labels" / "metrics.json").read_text()), predictions(folder / "labels")
+    printed = capsys.readouterr().out
+    base_only = json.loads((run("--base_only", "--decoding", "labels") / "base-labels" / "metrics.json").read_text())
+    for split, rows in table.groupby("split"):
+        found = metrics[split]["baselines"]
+        assert list(found) == ["majority class", "TF-IDF + logistic regression", "zero-shot, no adapter"]
+        majority = table.loc[table["split"] == "train", "label_text"].mode()[0]
+        assert found["majority class"]["accuracy"]["mean"] == (rows["label_text"] == majority).mean()
+        assert found["TF-IDF + logistic regression"]["accuracy"]["mean"] == 1  # a word gives the label away
+        zero_shot = found["zero-shot, no adapter"]
+        for score in ("accuracy", "macro_f1"):
+            assert zero_shot[score]["mean"] == pytest.approx(base_only[split][score])
+            difference = zero_shot["difference"][score]
+            assert difference["mean"] == pytest.approx(metrics[split][score] - zero_shot[score]["mean"])
+            assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
+        assert zero_shot["log_loss"] == pytest.approx(base_only[split]["log_loss"], rel=1e-4)
+        assert (folder / "labels" / f"comparison_{split}.png").stat().st_size > 5000
+    assert "Evaluated model, against TF-IDF + logistic regression: accuracy is" in printed
+    assert "rows cannot tell the two apart" in printed or "rows tell the two apart" in printed
+
+
 OPTIONS = {
     "--adapters_name": names,
     "--decoding": decodings,
@@ -259,6 +313,7 @@ OPTIONS = {
     "--seed": seeds,
     "--batch_size": batch_size,
     "--split": splits,
+    "--baselines": baselines,
     "--base_only": base_only,
     "--force": force,
 }
