@@ -24,7 +24,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 soak: setup
-	KILLS=20 $(BIN)/python -m pytest tests/test_cut_off.py -k killed_run_that_is_resumed
+	KILLS=20 $(BIN)/python -m pytest tests/test_cut_off.py tests/test_predict.py -k killed_run_that_is_resumed
 
 # Replaces the output of an earlier demo.
 demo: setup

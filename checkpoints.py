@@ -47,15 +47,27 @@ def is_finished(folder):
 def locked(folder, resume, overwrite):
     """Hold `folder`, made if it is not there, for this run alone; raise UserError where another run holds it.
 
-    Looks again whether the folder can be used (`check_folder`): a short run may have ended there since. The system lets
-    go of the lock when the process ends, however it ends. A folder that was made here and stayed empty is removed.
+    Looks again whether the folder can be used (`check_folder`): a short run may have ended there since.
+    """
+    with held(folder, "name another --adapters_name"):
+        _settle(folder)
+        check_folder(folder, resume, overwrite)
+        yield
+
+
+@contextlib.contextmanager
+def held(folder, or_else):
+    """Hold `folder`, made if it is not there, for this process alone; raise UserError where another holds it.
+
+    `or_else` says what to do but wait. The system lets go of the lock when the process ends, however it ends. A folder
+    that was made here and stayed empty is removed.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")  # noqa: SIM115 - it stays open, which is the lock
     with file:
-        busy = UserError(f"{folder}: another run is writing there; wait for it, or name another --adapters_name")
+        busy = UserError(f"{folder}: another run is writing there; wait for it, or {or_else}")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -68,8 +80,6 @@ def locked(folder, resume, overwrite):
         except FileNotFoundError:  # the run that held it ended, and removed it, between the opening and the locking
             raise busy from None
         try:
-            _settle(folder)
-            check_folder(folder, resume, overwrite)
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)

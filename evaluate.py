@@ -9,22 +9,20 @@ import json
 import os
 import random
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
 import modeling
+from adapters import find_adapter, load_model, probability_columns
 from baselines import MAJORITY, TFIDF, ZERO_SHOT, majority_class, tfidf_regression
 from checkpoints import read_run
 from command_line import (
     CommandParser,
     UserError,
-    hub_errors,
     one_line_errors,
     positive_float,
     positive_int,
@@ -89,69 +87,6 @@ def build_parser():
         "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
     )
     return parser
-
-
-def find_adapter(adapters_name):
-    """Return (the adapter's folder, where its evaluation goes) for a name under models/, a folder or a Hub adapter."""
-    parts = Path(adapters_name).parts
-    if not adapters_name.isprintable() or not parts or Path(adapters_name).is_absolute() or ".." in parts:
-        raise UserError(
-            f"--adapters_name {adapters_name!r}: must be a name under models/, a folder below the current one (without "
-            "'..'), or a Hub adapter; to use another folder, make a link to it in models/"
-        )
-    tried = [modeling.MODELS / adapters_name, Path(adapters_name)]
-    for folder in tried:
-        if (folder / "checkpoints" / "run.json").exists() and not (folder / "run.json").exists():
-            raise UserError(f"{folder}: its training is not finished; go on with it: python train.py ... --resume")
-        if (folder / "adapter_config.json").is_file():
-            return check_files(folder), folder / "evaluation"
-    if adapters_name.count("/") != 1 or Path(parts[0]).is_dir() or adapters_name.startswith("."):
-        found = modeling.MODELS.glob("[!.]*/adapter_config.json")
-        names = sorted(path.parent.name for path in found if (path.parent / "run.json").is_file())
-        known = f"models/ has {', '.join(names)}" if names else "models/ has none"
-        places = " and ".join(f"{folder}/" for folder in dict.fromkeys(tried))
-        raise UserError(f"--adapters_name {adapters_name}: no adapter in {places} of {Path.cwd()}; {known}")
-    with hub_errors(adapters_name, "adapter"):
-        folder = Path(snapshot_download(adapters_name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*.py"]))
-    return check_files(folder), modeling.MODELS / adapters_name / "evaluation"
-
-
-def check_files(folder):
-    """Return `folder`; raise UserError where it holds no adapter in safetensors."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        what = ", only adapter_model.bin, a pickle, which could run code and is never loaded" if pickled else ""
-        raise UserError(f"{folder}: has no adapter_model.safetensors{what}; train again or copy the whole folder")
-    return folder
-
-
-_GO_ON = "train it again on this one, or go on all the same with --force"
-
-
-def check_base_name(folder, base_model):
-    """Raise UserError where the adapter's own configuration names another base model than run.json (`base_model`)."""
-    trained_on = modeling.read_adapter_config(folder).get("base_model_name_or_path")
-    if trained_on != base_model["name"]:
-        raise UserError(
-            f"{folder}: the adapter was trained on {trained_on}, but run.json names {base_model['name']}; {_GO_ON}"
-        )
-
-
-def check_base_weights(folder, base_model):
-    """Raise UserError where the base model, loaded before, has other weights than the adapter was trained on.
-
-    An adapter fits any base model of the same shapes. Adapters of older versions have no fingerprint to compare.
-    """
-    trained_on = base_model.get("fingerprint")
-    if trained_on is None:
-        print(f"Note: {folder / 'run.json'} has no fingerprint of the base model, so its weights were not compared")
-        return
-    found = modeling.base_fingerprint(base_model["name"], base_model["revision"])
-    if found != trained_on:
-        raise UserError(
-            f"{folder}: the adapter was trained on other weights or another config.json of {base_model['name']} "
-            f"(fingerprint {trained_on[:12]}, here {found[:12]}); {_GO_ON}"
-        )
 
 
 def read_rows(run, task):
@@ -279,24 +214,6 @@ def evaluate_split(model, tokenizer, task, split, rows, run, args, decoding, nam
     table["prediction"] = [parse_answer(task, output) for output in outputs]
     table["output"] = outputs
     return table
-
-
-def probability_columns(task):
-    """Return the columns of predictions.csv that hold the labels' probabilities, in the order of the labels."""
-    return [f"p_{label}" for label in task.labels]
-
-
-def load_model(folder, run, args):
-    """Return (model, tokenizer) of the adapter in `folder`, or with --base_only of its base model alone."""
-    base_model = run["base_model"]
-    if not args.force:
-        check_base_name(folder, base_model)
-    modeling.check_memory(base_model["name"])
-    tokenizer = modeling.load_tokenizer(str(folder))
-    model = modeling.load_base_model(base_model["name"], base_model["revision"])
-    if not args.force:
-        check_base_weights(folder, base_model)
-    return (model if args.base_only else modeling.load_adapter(model, folder)), tokenizer
 
 
 def baseline_systems(model, tokenizer, task, rows, splits, run, args):
@@ -433,7 +350,7 @@ def main(argv=None):
     rows = read_rows(run, task)
     splits = [split for split in rows if split in args.split]
     check_writable(evaluation)
-    model, tokenizer = load_model(folder, run, args)
+    model, tokenizer = load_model(folder, run, force=args.force, base_only=args.base_only)
     advice = (
         f"a batch has {args.batch_size} rows of up to {run['options']['max_seq_length']} tokens; lower --batch_size"
     )

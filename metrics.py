@@ -1,6 +1,7 @@
 """The one place where predictions become numbers. Training, evaluation and reports all call it."""
 
 import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 INVALID = -1  # the class index of an output that is no label
 CALIBRATION_BINS = 10
+GROUPS_SHOWN = 20  # of a column; what is rarer is counted together
 RESAMPLES = 10_000  # the ends of an interval then move by about 0.002 from one seed to another
 BOOTSTRAP_SEED = 42  # not --seed: the same predictions give the same interval
 # In cross-validation every row helps to predict the others, and they it: where one of two like rows is right because of
@@ -245,3 +247,100 @@ def weighted_scores(weights, truth, predicted, classes):
     with np.errstate(invalid="ignore"):  # 0/0: a label that neither a row nor a prediction has takes no part
         f1 = 2 * right / both
     return right.sum(axis=1) / weights.sum(axis=1), np.nanmean(f1, axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows without a true label: how often each label was given
+
+
+class LabelTally:
+    """Counts rows as they are predicted: all of them, and by the groups of the columns `by`."""
+
+    def __init__(self, labels, by=()):
+        self.labels, self.by = labels, by
+        self.all, self.reasons = _Counts(), Counter()
+        self.mean = dict.fromkeys(labels, 0.0)
+        self.groups = {column: defaultdict(_Counts) for column in by}
+
+    def add(self, record):
+        """Count a row: a dict with `prediction` (a label or None), `probability`, `reason` and the columns `by`."""
+        label, probability = record["prediction"], record["probability"]
+        self.all.add(label, probability)
+        if label is None:
+            self.reasons[record["reason"]] += 1
+        else:
+            self.mean[label] += probability
+        for column in self.by:
+            self.groups[column][_group(record.get(column))].add(label, probability)
+
+    def summary(self):
+        """Return a dict of rows, labelled, mean_probability, labels, unlabelled and by.
+
+        labels has for each label its rows, its share of the labelled rows and the mean probability of its rows;
+        unlabelled counts the reasons; by has a list for every column: of the most frequent groups and the rest as one,
+        each with group, rows, labels (rows each), unlabelled and mean_probability. Numbers that are 0/0 are None.
+        """
+        return {
+            "rows": self.all.rows,
+            "labelled": self.all.labelled,
+            "mean_probability": self.all.mean_probability(),
+            "labels": {
+                label: {
+                    "rows": rows,
+                    "share": rows / self.all.labelled if rows else 0.0,
+                    "mean_probability": self.mean[label] / rows if rows else None,
+                }
+                for label in self.labels
+                for rows in [self.all.labels[label]]
+            },
+            "unlabelled": dict(self.reasons.most_common()),
+            "by": {column: self._most_frequent(groups) for column, groups in self.groups.items()},
+        }
+
+    def _most_frequent(self, groups):
+        ordered = sorted(groups, key=lambda group: (-groups[group].rows, group))
+        kept, rest = ordered[:GROUPS_SHOWN], ordered[GROUPS_SHOWN:]
+        if all(group[:1].isdigit() for group in kept):  # months and years in their own order
+            kept.sort()
+        lines = [{"group": group, **groups[group].numbers(self.labels)} for group in kept]
+        if rest:
+            other = sum((groups[group] for group in rest), start=_Counts())
+            lines.append({"group": f"other ({len(rest)} groups)", **other.numbers(self.labels)})
+        return lines
+
+
+class _Counts:
+    """Rows, rows of each label, and the sum of the labelled rows' probabilities."""
+
+    def __init__(self):
+        self.rows, self.labelled, self.probability, self.labels = 0, 0, 0.0, Counter()
+
+    def add(self, label, probability):
+        self.rows += 1
+        if label is not None:
+            self.labelled += 1
+            self.probability += probability
+            self.labels[label] += 1
+
+    def __add__(self, other):
+        both = _Counts()
+        for name in ("rows", "labelled", "probability", "labels"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def numbers(self, labels):
+        return {
+            "rows": self.rows,
+            "labels": {label: self.labels[label] for label in labels},
+            "unlabelled": self.rows - self.labelled,
+            "mean_probability": self.mean_probability(),
+        }
+
+    def mean_probability(self):
+        return self.probability / self.labelled if self.labelled else None
+
+
+def _group(value):
+    if value is None or value == "":
+        return "(none)"
+    return value if isinstance(value, str) else str(value)

@@ -72,8 +72,8 @@ def load_tokenizer(base_model_name):
     return tokenizer
 
 
-def load_base_model(base_model_name, revision=None):
-    """Return the frozen base model in 4-bit NF4 on the GPU, or on the CPU in float32.
+def load_base_model(base_model_name, revision=None, gpu=0):
+    """Return the frozen base model in 4-bit NF4 on the GPU number `gpu`, or on the CPU in float32.
 
     `base_model_name` is a Hub id, a folder, or "smollm2" for the embedded model; `revision` is a commit of the Hub.
     Weights are read from safetensors only, and a model that comes with code of its own is refused. Raises UserError for
@@ -91,7 +91,7 @@ def load_base_model(base_model_name, revision=None):
             revision=revision or "main",
             quantization_config=quantization,
             dtype=compute_dtype(),
-            device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            device_map={"": f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"},
             attn_implementation="sdpa",  # takes the boolean 4-D masks of shared_prefix.py as they are
             use_safetensors=True,
         )

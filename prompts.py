@@ -8,6 +8,7 @@ Try it: python -c "import prompts; print(prompts.published_text(prompts.TASKS['s
 """
 
 import bisect
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -293,6 +294,17 @@ def _bos(tokenizer):
 def prompt_ids(tokenizer, task, sentence):
     """Return the prompt's ids: BOS where the model's tokenizer puts one, and the last id is that of `]`."""
     return _bos(tokenizer) + _ids(tokenizer, build_prompt(task, sentence))
+
+
+def prompts_ids(tokenizer, task, sentences):
+    """Return a list of what `prompt_ids` gives for each of `sentences`, in a tenth of the time for many."""
+    bos = _bos(tokenizer)
+    return [bos + ids for ids in _ids(tokenizer, [build_prompt(task, sentence) for sentence in sentences])]
+
+
+def common_ids(tokenizer, task):
+    """Return the ids that the prompts of all sentences begin with, up to where a sentence's text can change them."""
+    return os.path.commonprefix(prompts_ids(tokenizer, task, ["", "a", "1", ".", " a", "\n"]))
 
 
 def answer_ids(tokenizer, label):

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from metrics import CALIBRATION_BINS
@@ -184,6 +186,57 @@ def draw_reliability(bins, path):
         histogram.set_xticks(np.linspace(0, 1, 6))
         histogram.set_ylim(top=1.2 * rows.max(initial=1))
     figure.savefig(path, dpi=150)
+
+
+def draw_label_counts(summary, path):
+    """Draw how many rows got which label, and for every `by` column the labels' shares in its groups, to a PNG.
+
+    `summary` is the dict of `metrics.LabelTally.summary`; rows without a label are gray.
+    """
+    labels = list(summary["labels"])
+    palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    colors = [*(palette(place % palette.N) for place in range(len(labels))), "lightgray"]
+    heights = [1.3 + 0.32 * (len(labels) + 1), *(1.6 + 0.3 * len(lines) for lines in summary["by"].values())]
+    figure = Figure(figsize=(9, sum(heights) + 0.3 * math.ceil(len(labels) / 3)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    rows = [summary["labels"][label]["rows"] for label in labels] + [sum(summary["unlabelled"].values())]
+    bars = panels[0].barh(range(len(rows)), rows, color=colors)
+    panels[0].bar_label(bars, [f"{count:,}" for count in rows], fontsize=8, padding=2)
+    panels[0].set_yticks(range(len(rows)), [*(_wrapped(label, 40) for label in labels), "(no label)"], parse_math=False)
+    panels[0].set(xlabel="rows", xlim=(0, 1.12 * max(1, *rows)), title=f"{summary['rows']:,} rows")
+    for axes, (column, lines) in zip(panels[1:], summary["by"].items(), strict=True):
+        counts = np.array([[*line["labels"].values(), line["unlabelled"]] for line in lines], dtype=float)
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        lefts = shares.cumsum(axis=1) - shares
+        for part, color in enumerate(colors):
+            axes.barh(range(len(lines)), shares[:, part], left=lefts[:, part], color=color)
+        names = [f"{_wrapped(line['group'], 40)} ({line['rows']:,})" for line in lines]
+        axes.set_yticks(range(len(lines)), names, parse_math=False)
+        axes.set(xlabel="share of the group's rows", xlim=(0, 1))
+        axes.set_title(f"by {_wrapped(column, 60)} (rows)", parse_math=False)
+        axes.margins(y=0.02)
+    for axes in panels:
+        axes.invert_yaxis()
+    if summary["by"]:
+        handles = [Patch(color=color) for color in colors]
+        legend = figure.legend(handles, [*labels, "(no label)"], loc="outside lower center", ncols=3, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def group_table(lines, column):
+    """Return the DataFrame of texts that shows a `by` column's groups, as `metrics.LabelTally.summary` gives them."""
+    return pd.DataFrame(
+        {
+            column: line["group"],
+            "rows": line["rows"],
+            **line["labels"],
+            "(no label)": line["unlabelled"],
+            "mean probability": "–" if line["mean_probability"] is None else f"{line['mean_probability']:.3f}",
+        }
+        for line in lines
+    )
 
 
 def _wrapped(text, width):

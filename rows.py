@@ -78,15 +78,25 @@ def scan_json_lines(path):
         if not line.strip():
             continue
         try:
-            record = read_json(line.decode())
-            if not isinstance(record, dict):
-                raise ValueError("an array or a single value")
-        except UnicodeDecodeError as error:
-            record = ValueError(f"not UTF-8, save the file as that (byte 0x{line[error.start]:02x}: {error.reason})")
+            record = read_object(line)
         except ValueError as error:
-            record = ValueError(f"not one JSON object ({error})")
+            record = error
         lines.append((number, record, line))
     return lines
+
+
+def read_object(line):
+    """Return the dict of a line (bytes) of JSON; raise ValueError, which says why, for what is none."""
+    try:
+        record = read_json(line.decode())
+        if not isinstance(record, dict):
+            raise ValueError("an array or a single value")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{line[error.start]:02x}: {error.reason}"
+        raise ValueError(f"not UTF-8, save the file as that ({byte})") from error
+    except ValueError as error:
+        raise ValueError(f"not one JSON object ({error})") from error
+    return record
 
 
 def refuse_rows(problems, advice):
@@ -226,9 +236,7 @@ def _load(dataset_name):
     if (path / "train.jsonl").is_file():
         files = {split: path / f"{split}.jsonl" for split in ("train", "validation")}
         return {split: _numbered(file) for split, file in files.items() if file.is_file()}
-    named = path.suffix in (".json", ".jsonl", ".csv", ".parquet") or dataset_name.startswith(("/", "."))
-    looks_local = named or dataset_name.count("/") > 1 or ("/" in dataset_name and path.parent.is_dir())
-    if looks_local and not path.exists():
+    if looks_local(dataset_name) and not path.exists():
         raise UserError(f"data set {dataset_name}: no such file or folder")
     try:
         with hub_errors(dataset_name, "data set"):
@@ -245,6 +253,13 @@ def _load(dataset_name):
         for split in ("train", "validation")
         if split in loaded
     }
+
+
+def looks_local(dataset_name):
+    """Return whether the name of a data set is rather that of a file or a folder than one of the Hub."""
+    path = Path(dataset_name)
+    named = path.suffix in (".json", ".jsonl", ".csv", ".parquet") or dataset_name.startswith(("/", "."))
+    return named or dataset_name.count("/") > 1 or ("/" in dataset_name and path.parent.is_dir())
 
 
 def _numbered(file):

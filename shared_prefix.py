@@ -109,12 +109,17 @@ def visible(ends):
     return (places[None, :] <= places[:, None]) & (places[:, None] < ends[None, :])
 
 
+def common_length(prompts):
+    """Return how many first ids all `prompts` (lists of ids) share; every prompt keeps at least its last id."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
 def prefix_cache(model, prompts):
     """Return (cache, length): the keys and values of the longest common beginning of `prompts` (lists of ids).
 
     It is computed once, for weights that do not change while it is in use. Every prompt keeps at least its last token.
     """
-    length = min(len(os.path.commonprefix(prompts)), *(len(prompt) - 1 for prompt in prompts))
+    length = common_length(prompts)
     cache = DynamicCache()
     if length:
         prefix = torch.tensor([prompts[0][:length]], device=model.device)
@@ -159,7 +164,59 @@ class LabelTree:
             self.ends[place] = len(self.ids)
 
 
-@torch.no_grad()
+class LabelScorer:
+    """Scores `answers` (lists of ids that end in EOS) after prompts that begin with the ids `prefix`.
+
+    The prefix is computed once, for all prompts to come; the weights must not change meanwhile. A prompt that begins
+    otherwise is scored all the same, for the price of its whole length.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, prefix, answers):
+        self.model, self.answers = model, answers
+        # With any token behind it: a prompt keeps at least its last one.
+        self.cache, start = prefix_cache(model, [[*prefix, 0]] * 2)
+        self.prefix = list(prefix[:start])
+        self.answer_tokens = len(LabelTree([[0]], answers).ids) - 1
+
+    def cost(self, prompt):
+        """Return how many tokens the prompt (a list of ids) adds to a batch, its answers' among them."""
+        return len(prompt) + self.answer_tokens - (len(self.prefix) if self._begins(prompt) else 0)
+
+    def batches(self, prompts, tokens):
+        """Return a list of lists of the places of `prompts`: batches of like length, the longest prompts first.
+
+        A batch costs at most `tokens`, or has a single prompt. Prompts that begin otherwise are in batches of their
+        own, the last ones.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: (not self._begins(prompts[row]), -len(prompts[row])))
+        batches, room, kind = [], 0, None
+        for row in order:
+            cost, begins = self.cost(prompts[row]), self._begins(prompts[row])
+            if cost > room or begins != kind:
+                batches.append([])
+                room, kind = tokens, begins
+            batches[-1].append(row)
+            room -= cost
+        return batches
+
+    @torch.no_grad()
+    def score(self, prompts):
+        """Return a float32 tensor (rows, answers) with log P(answer | prompt) in nats, EOS included, on the CPU.
+
+        All of `prompts`, lists of ids, in one forward over their LabelTree. Either all or none begin with the prefix.
+        """
+        shared = self.prefix and self._begins(prompts[0])
+        cache, start = (self.cache, len(self.prefix)) if shared else (DynamicCache(), 0)
+        tree = LabelTree([prompt[start:] for prompt in prompts], self.answers, start)
+        scores = _score_tree(self.model, tree, cache, start)
+        cache.crop(-len(tree.ids))
+        return scores.view(len(prompts), len(self.answers))
+
+    def _begins(self, prompt):
+        return prompt[: len(self.prefix)] == self.prefix
+
+
 def label_log_probs(model, prompts, answers, *, batch_size, description=None):
     """Return a float32 tensor (rows, answers) with log P(answer | prompt) in nats, EOS included, on the CPU.
 
@@ -168,14 +225,12 @@ def label_log_probs(model, prompts, answers, *, batch_size, description=None):
     Raises UserError where the model gives a row NaN or an infinite number.
     """
     scores = torch.empty(len(prompts), len(answers))
-    cache, start = prefix_cache(model, prompts)
+    scorer = LabelScorer(model, prompts[0][: common_length(prompts)], answers)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with tqdm(total=len(prompts), desc=description, unit="row", leave=None, disable=description is None) as progress:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            tree = LabelTree([prompts[row][start:] for row in rows], answers, start)
-            scores[rows] = _score_tree(model, tree, cache, start).view(len(rows), len(answers))
-            cache.crop(-len(tree.ids))
+            scores[rows] = scorer.score([prompts[row] for row in rows])
             progress.update(len(rows))
     bad = (~scores.isfinite()).any(dim=1)
     if bad.any():

@@ -42,7 +42,7 @@ def load(base):
     model = load_with_adapter(base)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
-        return modeling.load_adapter(model.unload(), folder)
+        return modeling.load_adapter(model.unload(), Path(folder))
 
 
 def timed(name, function, *, repeats, rows, all_rows):

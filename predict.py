@@ -1,0 +1,466 @@
+"""Label every row of a file, a folder or a Hub data set with a trained adapter.
+
+python predict.py --adapters_name Llama-2-13b-chat-hf-epoch10 --input comments.jsonl --output labels.jsonl
+python predict.py --adapters_name smollm2-epoch5 --input comments.csv.gz --output labels.parquet --by subreddit month
+torchrun --nproc_per_node 4 predict.py ...   # the same with four GPUs; accelerate launch --num_processes 4, too
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+import adapters
+import modeling
+from checkpoints import held, read_run
+from command_line import (
+    CommandParser,
+    CutOff,
+    UserError,
+    not_empty,
+    number,
+    one_line_errors,
+    positive_int,
+    replacing,
+)
+from metrics import LabelTally, label_probabilities, predicted_labels
+from prompts import answer_ids, common_ids, prompt_budget, prompts_ids, read_published_text, task_from_fields
+from reports import draw_label_counts, group_table
+from rows import SENTENCE_COLUMNS
+from shared_prefix import LabelScorer, not_finite
+from table_files import SPLIT, Source, check_format, write_table
+from unfinished import Unfinished, check_same
+
+CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a batch; beyond, the mask of all pairs costs more than a larger batch saves
+PATIENCE = datetime.timedelta(days=1)  # of processes that wait for the first one to read or write a large file
+EMPTY, NO_TEXT, TOO_LONG, UNSURE = "empty", "not text", "longer than max_seq_length", "below --min_probability"
+# What may differ when a run goes on: no label depends on it.
+FREE = ("by", "tokens_per_batch", "device", "versions")
+
+
+def build_parser():
+    parser = CommandParser(prog="predict.py", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--adapters_name",
+        type=not_empty,
+        required=True,
+        help="a name under models/, an adapter's folder, or an adapter on the Hub",
+    )
+    parser.add_argument(
+        "--input",
+        type=not_empty,
+        required=True,
+        help="JSON lines, CSV or Parquet, a folder of these, or a Hub data set",
+    )
+    parser.add_argument("--output", type=not_empty, required=True, help="JSON lines, CSV or Parquet, by its ending")
+    parser.add_argument("--text_column", default=argparse.SUPPRESS, help="default: found, where only one makes sense")
+    parser.add_argument("--split", default=argparse.SUPPRESS, help=f"of a Hub data set; default: {SPLIT}")
+    parser.add_argument("--probabilities", action="store_true", help="add p_<label>, the probability of every label")
+    parser.add_argument(
+        "--min_probability", type=_fraction, default=0.0, help="leave rows without a label that are less probable"
+    )
+    parser.add_argument(
+        "--by", nargs="+", default=[], metavar="COLUMN", help="count labels by the values of these, too"
+    )
+    parser.add_argument("--strict", action="store_true", help="end with an error at a row that cannot be labelled")
+    parser.add_argument(
+        "--tokens_per_batch", type=positive_int, default=argparse.SUPPRESS, help="default: found for the device"
+    )
+    parser.add_argument("--window", type=positive_int, default=1024, help="rows that are ordered and saved together")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the output, once there is a new one")
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
+    )
+    return parser
+
+
+def _fraction(text):
+    value = number(float, text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
+def parse_args(argv):
+    """Return the options, None where a default is found later."""
+    args = build_parser().parse_args(argv)
+    for name in ("text_column", "split", "tokens_per_batch"):
+        setattr(args, name, getattr(args, name, None))
+    check_format("--output", args.output)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@contextlib.contextmanager
+def first_speaks(state):
+    """Let the first process alone print, and say in one line what went wrong."""
+    if state.is_main_process:
+        yield
+        return
+    disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(5)  # a launcher ends all processes with the first that ends: let the first one say why
+        raise SystemExit(2) from error
+
+
+def on_first(state, function, *args):
+    """Return what `function(*args)` returns in the first process, in all of them; an error there is one in all."""
+    answer = [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = function(*args)
+        except (UserError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            answer[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything is scored: what is to be done, and whether it can be
+
+
+def find_text_column(record, wanted, source):
+    """Return the column that holds the texts, by the first row of `source`; raise UserError where that is not clear."""
+    listed = ", ".join(record)
+    if wanted is not None:
+        if wanted not in record:
+            raise UserError(f"--text_column {wanted}: {source} has no such column, only {listed}")
+        return wanted
+    for column in SENTENCE_COLUMNS:
+        if column in record:
+            return column
+    texts = [column for column, value in record.items() if isinstance(value, str)]
+    if len(texts) != 1:
+        raise UserError(f"--input {source}: which column holds the texts? name it with --text_column; it has {listed}")
+    return texts[0]
+
+
+def added_columns(task, probabilities):
+    """Return the Arrow schema of the columns that are added to every row."""
+    fields = [("prediction", pa.string()), ("probability", pa.float64()), ("reason", pa.string())]
+    if probabilities:
+        fields += [(column, pa.float64()) for column in adapters.probability_columns(task)]
+    return pa.schema(fields)
+
+
+def check_columns(columns, added, by, source):
+    """Raise UserError where a column of the input has the name of one that is added, or one of `by` is missing."""
+    if clash := [name for name in added.names if name in columns]:
+        raise UserError(f"--input {source}: has a column {clash[0]!r}, which is added to the output; rename it")
+    if missing := [name for name in by if name not in columns]:
+        raise UserError(f"--by {missing[0]}: {source} has no such column, only {', '.join(columns)}")
+
+
+def scan(source, args, added):
+    """Return (the column of the texts, number of rows or None) of `source`, with all of its rows looked at once.
+
+    Those of a Hub data set are not: that would download it twice. Raises UserError for what cannot be used.
+    """
+    first = next(source.rows(), None)
+    if first is None:
+        raise UserError(f"--input {args.input}: has no rows")
+    text_column = find_text_column(first[1], args.text_column, source.name)
+    if source.revision is not None:
+        check_columns(first[1], added, args.by, source.name)
+        return text_column, None
+    columns, rows = {}, 0
+    for place, record in source.rows():
+        sentence_of(place, record, text_column, args.strict)
+        columns |= dict.fromkeys(record)
+        rows += 1
+    check_columns(columns, added, args.by, source.name)
+    return text_column, rows
+
+
+def sentence_of(place, record, text_column, strict):
+    """Return (sentence or None, reason why there is none or None) of a row; with `strict` the second is a UserError.
+
+    Of a text in the published template only the sentence counts, as in training.
+    """
+    if text_column not in record:
+        raise UserError(f"{place}: has no {text_column}, where the text of the other rows is; correct it")
+    text = record[text_column]
+    reason = None
+    if text is not None and not isinstance(text, str):
+        reason = NO_TEXT
+    else:
+        published = read_published_text(text) if text and "<s>" in text else None
+        text = published["sentence"] if published else text
+        if text is None or not text.strip():
+            reason = EMPTY
+    if strict and reason:
+        raise bad_row(place, reason)
+    return (None, reason) if reason else (text, None)
+
+
+def bad_row(place, reason):
+    """Return the UserError of a row that --strict does not let pass."""
+    return UserError(f"{place}: {reason}; correct it, or leave out --strict to have it without a label")
+
+
+def make_plan(args, source, task, fingerprint, unfinished, added):
+    """Return a dict of text_column, rows (or None), settings, before (those of the run that goes on) and finished.
+
+    Raises UserError where the run cannot be, or could not give what the one to go on with would have given.
+    """
+    text_column, rows = scan(source, args, added)
+    settings = {
+        "adapters_name": {"value": args.adapters_name, "sha256": fingerprint},
+        "input": {"value": source.name, "sha256": source.fingerprint()},
+        "text_column": text_column,
+        "probabilities": args.probabilities,
+        "min_probability": args.min_probability,
+        "strict": args.strict,
+        "window": args.window,
+        "by": args.by,
+        "tokens_per_batch": args.tokens_per_batch,
+        "device": modeling.device_name(),
+        "versions": modeling.library_versions(),
+    }
+    before, finished = unfinished.settings() if args.resume else (None, False)
+    if args.resume and before is None:
+        print(f"{args.output}: no run that was cut off, so this one starts at the first row")
+    if before is not None:
+        check_same(before, settings, FREE)
+        for name in ("device", "versions"):
+            if before.get(name) != settings[name]:
+                print(f"Note: {name} was {before.get(name)} and is {settings[name]}: last digits may differ")
+    return {"text_column": text_column, "rows": rows, "settings": settings, "before": before, "finished": finished}
+
+
+def check_places(source, output):
+    """Raise UserError where the output would be read as input, now or when the command is given again."""
+    for file in source.files:
+        if output.exists() and file.samefile(output):
+            raise UserError(f"--output {output}: is the input; name another file")
+    if Path(source.name).is_dir() and output.resolve().parent == Path(source.name).resolve():
+        raise UserError(f"--output {output}: lies in the folder that is the input; name another place")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+class Labeller:
+    """Gives sentences the probabilities of the task's labels, in all processes together."""
+
+    def __init__(self, model, tokenizer, task, max_seq_length, tokens_per_batch, state):
+        self.tokenizer, self.task, self.tokens_per_batch, self.state = tokenizer, task, tokens_per_batch, state
+        self.budget = prompt_budget(tokenizer, task, max_seq_length)
+        answers = [answer_ids(tokenizer, label) for label in task.labels]
+        self.scorer = LabelScorer(model, common_ids(tokenizer, task), answers)
+
+    def encode(self, sentences):
+        """Return {sentence: prompt ids, or None where it is too long} of a list of sentences."""
+        distinct = list(dict.fromkeys(sentences))
+        prompts = prompts_ids(self.tokenizer, self.task, distinct) if distinct else []
+        return {
+            sentence: prompt if len(prompt) <= self.budget else None
+            for sentence, prompt in zip(distinct, prompts, strict=True)
+        }
+
+    def score(self, encoded, progress=lambda sentences: None):
+        """Return {sentence: float32 array (labels,) of log-probabilities} of `encoded`, {sentence: prompt ids}.
+
+        The batches are the same whatever the number of processes, so the numbers are, too; every process gets all of
+        them. `progress(sentences)` is called after each batch of this process.
+        """
+        sentences, prompts = list(encoded), list(encoded.values())
+        batches = self.scorer.batches(prompts, self.tokens_per_batch)
+        mine, failure = [], None
+        try:
+            for batch in range(self.state.process_index, len(batches), self.state.num_processes):
+                mine.append((batch, self._score([prompts[row] for row in batches[batch]])))
+                progress([sentences[row] for row in batches[batch]])
+        except UserError as error:
+            failure = error
+        gathered = gather_object([(mine, failure)])
+        if failures := [failure for _, failure in gathered if failure is not None]:
+            raise failures[0]
+        return {
+            sentences[row]: numbers
+            for scored, _ in gathered
+            for batch, scores in scored
+            for row, numbers in zip(batches[batch], scores, strict=True)
+        }
+
+    def _score(self, prompts):
+        advice = (
+            f"a batch has up to {self.tokens_per_batch} tokens; go on with --resume and a lower --tokens_per_batch, "
+            "windows that are done are kept"
+        )
+        with modeling.memory_errors(advice):
+            scores = self.scorer.score(prompts)
+        if not scores.isfinite().all():
+            raise UserError(not_finite("predicting"))
+        return scores.numpy()
+
+
+def default_tokens_per_batch(model):
+    """Return how many tokens a batch may have: a fixed number on a CPU, on a GPU fewer where its memory is short.
+
+    Half of the free memory holds the states of all tokens in two layers' worth of buffers and, where every token is
+    one of an answer, their logits in float32 beside the model's own.
+    """
+    if not torch.cuda.is_available():
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    numbers = 8 * config.hidden_size + 4 * config.intermediate_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(min(GPU_TOKENS, max(256, free / 2 / (2 * numbers + 10 * config.vocab_size))))
+
+
+def label_window(labeller, window, args, text_column, bar):
+    """Return the output's records of a window, which is a list of (place, record)."""
+    read = [(place, *sentence_of(place, record, text_column, args.strict)) for place, record in window]
+    counts = Counter(sentence for _, sentence, reason in read if reason is None)
+    encoded = labeller.encode(list(counts))
+    if args.strict and (long := [place for place, sentence, _ in read if encoded[sentence] is None]):
+        raise bad_row(long[0], TOO_LONG)
+    fitting = {sentence: prompt for sentence, prompt in encoded.items() if prompt is not None}
+    shown = bar.n
+    scores = labeller.score(fitting, lambda scored: bar.update(sum(counts[sentence] for sentence in scored)))
+    bar.update(shown + len(window) - bar.n)
+    return [
+        record | answer(labeller.task, scores.get(sentence), reason or TOO_LONG, args)
+        for (_, record), (_, sentence, reason) in zip(window, read, strict=True)
+    ]
+
+
+def answer(task, scores, reason, args):
+    """Return the added columns of a row as a dict; `scores` (labels,) is None where it has none, for `reason`."""
+    probabilities = [None] * len(task.labels) if scores is None else label_probabilities(scores[None])[0].tolist()
+    best = None if scores is None else max(probabilities)
+    label = None if scores is None else predicted_labels(task.labels, scores[None])[0]
+    if scores is not None:
+        reason = UNSURE if best < args.min_probability else None
+    added = {"prediction": None if reason else label, "probability": best, "reason": reason}
+    if args.probabilities:
+        added |= dict(zip(adapters.probability_columns(task), probabilities, strict=True))
+    return added
+
+
+def windows(rows, size):
+    """Yield lists of `size` rows, the last one of what is left."""
+    rows = iter(rows)
+    while window := list(itertools.islice(rows, size)):
+        yield window
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def finish(unfinished, task, args, settings, added):
+    """Make the output, its summary and picture of the pieces; return the summary."""
+    tally = LabelTally(task.labels, args.by)
+    with replacing(unfinished.output) as part:
+        write_table(part, unfinished.output, unfinished.pieces(), added.names, tally.add)
+        summary = tally.summary() | {"settings": settings}
+        with replacing(unfinished.summary) as file:
+            file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(unfinished.picture) as file:
+            draw_label_counts(summary, file)
+    unfinished.remove()
+    return summary
+
+
+def print_summary(summary, unfinished):
+    print(f"{summary['rows']} rows, {summary['labelled']} with a label:")
+    for label, numbers in summary["labels"].items():
+        mean = "" if numbers["mean_probability"] is None else f", mean probability {numbers['mean_probability']:.3f}"
+        print(f"  {label}: {numbers['rows']} ({numbers['share']:.1%}){mean}")
+    for reason, rows in summary["unlabelled"].items():
+        print(f"  without a label, {reason}: {rows}")
+    for column, lines in summary["by"].items():
+        print(f"By {column}:", group_table(lines, column).to_string(index=False), sep="\n")
+    print(f"Written: {unfinished.output}, {unfinished.summary}, {unfinished.picture}")
+
+
+@contextlib.contextmanager
+def saying_how_to_resume(unfinished, argv):
+    """Add to the message of a run that was cut off how much is kept, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, CutOff) as error:
+        message = str(error) or "interrupted"
+        if pieces := len(unfinished.pieces()):
+            options = [option for option in argv if option not in ("--overwrite", "--resume")]
+            command = shlex.join(["python", "predict.py", *options, "--resume"])
+            message += f"; kept: {pieces} window{'s' if pieces > 1 else ''}; to go on: {command}"
+        raise type(error)(message) from error
+
+
+def predict(args, labeller, source, plan, unfinished, added):
+    """Write a piece for every window that has none yet."""
+    state, rows = labeller.state, plan["rows"]
+    first = on_first(state, lambda: len(unfinished.pieces()))
+    skipped = first * args.window if rows is None else min(rows, first * args.window)
+    schema = source.schema()
+    with tqdm(total=rows, initial=skipped, unit="row", desc="predict", disable=not state.is_main_process) as bar:
+        for place, window in enumerate(windows(source.rows(skipped), args.window), start=first):
+            records = label_window(labeller, window, args, plan["text_column"], bar)
+            on_first(state, unfinished.add, place, records, schema, added)
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    with first_speaks(state), contextlib.ExitStack() as stack:
+        folder, _ = adapters.find_adapter(args.adapters_name)
+        run = read_run(folder / "run.json", "train the adapter again")
+        task = task_from_fields(run["task"], folder / "run.json")
+        source, unfinished = Source(args.input, args.split), Unfinished(args.output)
+        check_places(source, unfinished.output)
+        added = added_columns(task, args.probabilities)
+        on_first(state, stack.enter_context, held(unfinished.folder, "name another --output"))
+        on_first(state, unfinished.check, args.resume, args.overwrite)
+        stack.enter_context(saying_how_to_resume(unfinished, sys.argv[1:] if argv is None else argv))
+        fingerprint = adapters.fingerprint(folder, run)
+        plan = on_first(state, make_plan, args, source, task, fingerprint, unfinished, added)
+        if plan["finished"]:
+            on_first(state, unfinished.remove)  # of what a kill left
+            print(f"{args.output}: this run is finished")
+            return
+        model, tokenizer = adapters.load_model(folder, run, force=args.force, gpu=state.device.index or 0)
+        tokens = args.tokens_per_batch or (plan["before"] or {}).get("tokens_per_batch")
+        tokens = tokens or on_first(state, default_tokens_per_batch, model)
+        labeller = Labeller(model, tokenizer, task, run["options"]["max_seq_length"], tokens, state)
+        settings = plan["settings"] | {"tokens_per_batch": tokens}
+        if state.is_main_process:
+            stack.enter_context(unfinished.started(None if plan["before"] else settings))
+        predict(args, labeller, source, plan, unfinished, added)
+        on_first(state, lambda: print_summary(finish(unfinished, task, args, settings, added), unfinished))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,349 @@
+"""Tables of any size in JSON lines, CSV or Parquet, compressed or not: read row by row, written piece by piece.
+
+    Source("comments.jsonl.gz").rows()     every row as a dict, with the file and the line it stands in
+    write_piece, write_table               pieces of the output, and the pieces put together
+
+Only a few rows are in memory at any time. Values are kept: those of JSON as they are, those of CSV as text, those of
+Parquet with their types where the output is Parquet, too.
+"""
+
+import base64
+import bz2
+import contextlib
+import csv
+import datetime
+import decimal
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import math
+import zlib
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi
+
+from command_line import UserError, hub_errors
+from rows import looks_local, read_object
+
+SPLIT = "train"  # that is read of a Hub data set
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_OPENERS = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
+}
+_KNOWN = "JSON lines (.jsonl, .ndjson, .json), CSV (.csv), both also as .gz, .bz2, .xz or .zst, or Parquet (.parquet)"
+_READ_AT_ONCE = 1024  # rows of a Parquet file
+
+
+def file_format(path):
+    """Return ("jsonl", "csv" or "parquet"; ".gz", ".bz2", ".xz", ".zst" or "") by a file's name, or None."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
+    kind = FORMATS.get(suffixes[-1]) if suffixes else None
+    return None if kind is None or (packed and kind == "parquet") else (kind, packed)
+
+
+def stem(path):
+    """Return a file's name without the endings of its format and compression."""
+    kind, packed = file_format(path)
+    name = path.name[: len(path.name) - len(packed)]
+    return name.removesuffix(Path(name).suffix)
+
+
+def check_format(option, path):
+    """Raise UserError, which names `option`, where a file's name says no format that can be read and written."""
+    if file_format(path) is None:
+        raise UserError(f"{option} {path}: its name says no known format; known are {_KNOWN}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Source:
+    """The rows of a file, of all files of a folder that can be read, by name, or of a split of a Hub data set."""
+
+    def __init__(self, name, split=None):
+        self.name, self.split, self.files, self.revision = str(name), split or SPLIT, [], None
+        path = Path(name)
+        if path.is_dir():
+            self.files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+            self.files = [file for file in self.files if file_format(file)]
+            if not self.files:
+                raise UserError(f"--input {name}: has no file in a known format; known are {_KNOWN}")
+        elif path.exists():
+            check_format("--input", path)
+            self.files = [path]
+        elif looks_local(self.name) or file_format(path):
+            raise UserError(f"--input {name}: no such file or folder")
+        else:
+            with hub_errors(self.name, "data set"):
+                self.revision = HfApi().dataset_info(self.name).sha
+        if split is not None and self.revision is None:
+            raise UserError(f"--split {split}: {name} is no data set of the Hub; leave out --split")
+
+    def rows(self, skip=0):
+        """Yield (place, record) for every row after the first `skip`; a place is "file line 3".
+
+        Raises UserError for the first line that holds no row, and for a file that is damaged.
+        """
+        if self.revision is None:
+            yield from itertools.islice(itertools.chain.from_iterable(map(read_file, self.files)), skip, None)
+            return
+        with _hub_data_errors(self.name):
+            stream = datasets.load_dataset(self.name, split=self.split, revision=self.revision, streaming=True)
+            for number, record in enumerate(stream.skip(skip), start=skip):
+                yield f"{self.name} {self.split} row {number}", record
+
+    def schema(self):
+        """Return the Arrow schema of the rows where all files are Parquet, else None: it is then made from values."""
+        if not self.files or any(file_format(file)[0] != "parquet" for file in self.files):
+            return None
+        schemas = []
+        for file in self.files:
+            with _reading_errors(file):
+                schemas.append(pq.read_schema(file).remove_metadata())
+        return _unified(schemas, self.name)
+
+    def fingerprint(self):
+        """Return a SHA-256 over the files' names and contents, or the commit of a Hub data set and the split."""
+        if self.revision is not None:
+            return hashlib.sha256(f"{self.name} {self.split} {self.revision}".encode()).hexdigest()
+        digests = []
+        for file in self.files:
+            with _reading_errors(file), open(file, "rb") as stream:
+                digests.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _hub_data_errors(name):
+    """Turn what goes wrong in streaming a data set of the Hub into a one-line error."""
+    try:
+        with hub_errors(name, "data set"):
+            yield
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError) as error:
+        raise UserError(f"data set {name}: cannot be read ({error.__cause__ or error}); name other data") from error
+
+
+def read_file(path):
+    """Yield (place, record) for every row of a file; raises UserError for what is none."""
+    kind, packed = file_format(path)
+    with _reading_errors(path):
+        if kind == "parquet":
+            with pq.ParquetFile(path) as file:
+                batches = file.iter_batches(batch_size=_READ_AT_ONCE)
+                for number, record in enumerate(itertools.chain.from_iterable(map(pa.RecordBatch.to_pylist, batches))):
+                    yield f"{path} row {number}", record
+            return
+        with _OPENERS.get(packed, lambda path: open(path, "rb"))(path) as stream:
+            yield from (_json_lines if kind == "jsonl" else _csv_rows)(path, stream)
+
+
+@contextlib.contextmanager
+def _reading_errors(path):
+    """Turn what goes wrong in reading a file into a UserError that names it."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged, cut short or not what its name says ({error}); make it anew") from error
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "; zstd --long archives must be unpacked first" if str(path).endswith(".zst") else ""
+        raise UserError(f"{path}: cannot read it ({reason}){advice}") from error
+
+
+def _json_lines(path, stream):
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            encoding = json.detect_encoding(line)
+            if not encoding.startswith("utf-8"):
+                raise UserError(f"{path}: is {encoding[:6].upper()} text; save it as UTF-8")
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            record = read_object(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: {error}; each line must be one JSON object") from error
+        yield f"{path} line {number}", record
+
+
+def _csv_rows(path, stream):
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that are usual
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
+    columns, line = None, 1
+    try:
+        for values in reader:
+            if columns is None:
+                columns = values
+                if len(set(columns)) < len(columns):
+                    twice = next(name for name in columns if columns.count(name) > 1)
+                    raise UserError(f"{path}: the column {twice!r} stands twice in its first line; rename one")
+            elif values:
+                if len(values) != len(columns):
+                    raise UserError(
+                        f"{path} line {line}: has {len(values)} values for {len(columns)} columns; a value with a "
+                        "comma or a line break must stand in quotes"
+                    )
+                yield f"{path} line {line}", dict(zip(columns, values, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path} line {line}: not CSV ({error}); correct it there") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} after line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def piece_ending(output):
+    """Return the ending of the names of the files that `write_piece` writes for the table `output`."""
+    return ".parquet" if file_format(output)[0] == "parquet" else ".jsonl"
+
+
+def write_piece(path, output, records, schema, added):
+    """Write `records` (dicts) to a file that `write_table` reads for the table `output`: Parquet or JSON lines.
+
+    The Arrow schemas `schema` (of the input, None where it has none) and `added` (of the columns beside the input's)
+    give the types of Parquet's columns; others get that of their values. Raises UserError where these do not agree.
+    """
+    if piece_ending(output) == ".parquet":
+        pq.write_table(_table(records, schema, added), path)
+        return
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_json(record) + "\n" for record in records)
+
+
+def _json(record):
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value):
+    """Return what JSON has for a value of Parquet: texts for dates, decimals and bytes, null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    return value
+
+
+def _table(records, schema, added):
+    """Return `records` as an Arrow table; see `write_piece`."""
+    types = {field.name: field.type for field in (*(schema or []), *added)}
+    names = dict.fromkeys(name for record in records for name in record) if schema is None else types
+    arrays = {}
+    for name in names:
+        try:
+            arrays[name] = pa.array([record.get(name) for record in records], type=types.get(name))
+        except (pa.ArrowException, OverflowError) as error:
+            raise _mixed(f"column {name}", error) from error
+    return pa.table(arrays)
+
+
+def _mixed(what, error):
+    return UserError(
+        f"{what}: its values are of kinds that one Parquet column cannot hold ({str(error).splitlines()[0]}); name an "
+        "--output that ends in .jsonl"
+    )
+
+
+def _unified(schemas, name):
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise _mixed(name, error) from error
+
+
+def write_table(path, output, pieces, last, read=lambda record: None):
+    """Write the rows of `pieces`, files of `write_piece`, to `path` in the format that the name of `output` says.
+
+    The columns stand in the order in which they are met, those of the list `last` behind all others. `read(record)` is
+    called for every row. The same pieces give the same bytes.
+    """
+    kind, packed = file_format(output)
+    if kind == "parquet":
+        _write_parquet(path, output, pieces, last, read)
+        return
+    with _packed_stream(path, packed) as stream:
+        if kind == "jsonl":
+            for piece in pieces:
+                with open(piece, "rb") as file:
+                    for line in file:
+                        read(json.loads(line))
+                        stream.write(line)
+            return
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        columns = _ordered((name for record in _records(pieces) for name in record), last)
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        for record in _records(pieces):
+            read(record)
+            writer.writerow([_cell(record.get(name)) for name in columns])
+        text.detach()
+
+
+def _ordered(names, last):
+    names = dict.fromkeys(names)
+    return [*(name for name in names if name not in last), *last]
+
+
+def _records(pieces):
+    for piece in pieces:
+        with open(piece, "rb") as file:
+            yield from map(json.loads, file)
+
+
+def _cell(value):
+    """Return a value as CSV has it: texts as they are, nothing for null, all else as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _write_parquet(path, output, pieces, last, read):
+    found = _unified([pq.read_schema(piece) for piece in pieces], output) if pieces else pa.schema([])
+    schema = pa.schema([found.field(name) for name in _ordered(found.names, last) if name in found.names])
+    with pq.ParquetWriter(path, schema) as writer:
+        for piece in pieces:
+            table = pq.read_table(piece)
+            for record in table.to_pylist():
+                read(record)
+            whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+            writer.write_table(whole.select(schema.names).cast(schema))
+
+
+@contextlib.contextmanager
+def _packed_stream(path, packed):
+    """Yield a binary stream to write to, packed as `packed` says; nothing in it depends on the time or the name."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb"))
+        if packed == ".gz":
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0))
+        elif packed == ".zst":
+            file = stack.enter_context(pa.CompressedOutputStream(pa.PythonFile(file), "zstd"))
+        elif packed:
+            file = stack.enter_context({".bz2": bz2, ".xz": lzma}[packed].open(file, "wb"))
+        yield file
+        file.flush()
