@@ -228,11 +228,10 @@ def evaluate_scores(task, rows, folds, scores, zero_shot):
     """Return (metrics.json's dict, {name: System}) of the log-probabilities that `run_folds` returns."""
     label_text = rows["label_text"][:]
     chosen = choose_epochs(task, label_text, scores, folds)
-    systems = {
-        LAST: _system(task, scores[-1]),
-        CHOSEN: _system(task, chosen_scores(scores, folds, chosen)),
-        **baseline_systems(task, rows, folds, zero_shot),
-    }
+    systems = {LAST: _system(task, scores[-1])}
+    if len(scores) > 1:
+        systems[CHOSEN] = _system(task, chosen_scores(scores, folds, chosen))
+    systems |= baseline_systems(task, rows, folds, zero_shot)
     every_epoch = {epoch: _system(task, of_epoch) for epoch, of_epoch in enumerate(scores, start=1)}
     epochs = scored_systems(task.labels, label_text, every_epoch)
     best = max(epochs, key=lambda epoch: epochs[epoch]["macro_f1"]["mean"])  # of equals the first
@@ -266,6 +265,16 @@ def predictions_table(task, rows, folds, systems):
     return pd.concat(tables, ignore_index=True)
 
 
+def epochs_table(epochs):
+    """Return a DataFrame with a line per epoch, of all its numbers but the confusion matrix."""
+    table = pd.json_normalize([{key: of[key] for key in of if key != "confusion"} for of in epochs])
+    for column in [name for name in table if name.endswith(".interval")]:
+        place = table.columns.get_loc(column)
+        for offset, end in enumerate(("low", "high")):
+            table.insert(place + offset, f"{column.removesuffix('.interval')}.{end}", table[column].str[offset])
+    return table.drop(columns=[name for name in table if name.endswith(".interval")])
+
+
 def mistakes_table(predictions):
     """Return a DataFrame of the rows that were wrong after the last epoch in some repeat, most often wrong first."""
     groups = predictions.groupby(["split", "row", "sentence", "label_text"], sort=False)["prediction"]
@@ -283,24 +292,26 @@ def summary_sentences(metrics):
     """Return a list of sentences: how good, how sure, how much of it is the choice of the epoch, and against what."""
     systems, best = metrics["systems"], metrics["epochs"][metrics["best_epoch"] - 1]
     rows, repeats, folds = metrics["rows"], metrics["repeats"], metrics["folds"]
-    return [
+    sentences = [
         f"{rows} rows, cut {repeats} time{'s' if repeats > 1 else ''} into {folds} folds; every row was scored by "
         "adapters that had not seen it.",
         score_sentence(LAST, systems[LAST]),
-        f"The highest macro-F1 of {len(metrics['epochs'])} epochs is {best['macro_f1']['mean']:.3f}, after epoch "
-        f"{best['epoch']}: optimistic, since the epoch was chosen on the rows that it is scored on. The honest number "
-        f"is this: {score_sentence(CHOSEN, systems[CHOSEN])}",
-        *comparison_sentences(LAST, {name: systems[name] for name in (MAJORITY, TFIDF, ZERO_SHOT)}, rows),
-        *interval_notes(LAST, systems[LAST], rows),
     ]
+    if CHOSEN in systems:
+        sentences.append(
+            f"The highest macro-F1 of {len(metrics['epochs'])} epochs is {best['macro_f1']['mean']:.3f}, after epoch "
+            f"{best['epoch']}: optimistic, since the epoch was chosen on the rows that it is scored on. The honest "
+            f"number is this: {score_sentence(CHOSEN, systems[CHOSEN])}"
+        )
+    others = {name: systems[name] for name in (MAJORITY, TFIDF, ZERO_SHOT)}
+    return sentences + comparison_sentences(LAST, others, rows) + interval_notes(LAST, systems[LAST], rows)
 
 
 def write_results(folder, task, rows, folds, run, metrics, systems):
     """Write all files of the result to `folder`, run.json last."""
     predictions = predictions_table(task, rows, folds, systems)
     predictions.to_csv(folder / "predictions.csv", index=False)
-    lines = [{key: of[key] for key in of if key != "confusion"} for of in metrics["epochs"]]
-    pd.json_normalize(lines).to_csv(folder / "epochs.csv", index=False)
+    epochs_table(metrics["epochs"]).to_csv(folder / "epochs.csv", index=False)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     title = f"out-of-fold, {len(folds)} repeats" if len(folds) > 1 else "out-of-fold"
     together = np.concatenate(list(systems[LAST].probabilities))
@@ -322,9 +333,9 @@ def write_results(folder, task, rows, folds, run, metrics, systems):
             (
                 "Scores",
                 systems_table(metrics["systems"]),
-                "Mean over the repeats, with the 95% interval by a bootstrap over the rows; where a system has learned "
-                f"from the other rows, {CROSS_VALIDATED:.2f} times as wide, since rows that help to predict one "
-                "another are not independent.",
+                "Mean over the repeats, ± their standard deviation, and the 95% interval by a bootstrap over the rows; "
+                f"where a system has learned from the other rows, {CROSS_VALIDATED:.2f} times as wide, since rows that "
+                "help to predict one another are not independent.",
             ),
             (
                 "Every epoch",
@@ -365,7 +376,7 @@ def main(argv=None):
             with checkpoints.result(folder) as part:
                 write_results(part, task, rows, folds, run, metrics, systems)
             print(systems_table(metrics["systems"]).to_string(index=False), *summary_sentences(metrics), sep="\n")
-    print(f"Report, pictures, metrics.json and predictions.csv: {folder}")
+    print(f"Report: {folder / 'report.html'}; beside it pictures, metrics.json, epochs.csv and predictions.csv")
 
 
 if __name__ == "__main__":

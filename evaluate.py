@@ -4,6 +4,7 @@ python evaluate.py --adapters_name Llama-2-13b-chat-hf-epoch10
 python evaluate.py --adapters_name smollm2-epoch5 --decoding labels --split validation
 """
 
+import argparse
 import copy
 import json
 import os
@@ -23,6 +24,7 @@ from checkpoints import read_run
 from command_line import (
     CommandParser,
     UserError,
+    not_empty,
     one_line_errors,
     positive_float,
     positive_int,
@@ -60,7 +62,11 @@ EVALUATED = "evaluated model"  # beside its baselines
 def build_parser():
     parser = CommandParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--adapters_name", required=True, help="a name under models/, an adapter's folder, or an adapter on the Hub"
+        "--adapters_name",
+        required=True,
+        type=not_empty,
+        default=argparse.SUPPRESS,
+        help="a name under models/, an adapter's folder, or an adapter on the Hub",
     )
     parser.add_argument(
         "--decoding",
@@ -272,12 +278,17 @@ def compared_systems(metrics):
 def summary_sentences(metrics):
     """Return a list of sentences on {split: metrics}: the scores, against what, and what the rows are too few for."""
     sentences = []
-    for split, numbers in metrics.items():
-        systems = compared_systems(numbers)
+    for split, numbers in sorted(metrics.items(), reverse=True):  # validation first
+        rows, systems = numbers["n"], compared_systems(numbers)
         own = systems.pop(EVALUATED)
-        sentences.append(f"{split.capitalize()}, {numbers['n']} rows. {score_sentence(EVALUATED, own)}")
-        sentences += comparison_sentences(EVALUATED, systems, numbers["n"])
-        sentences += interval_notes(f"{split} rows", own, numbers["n"])
+        sentences.append(f"{split.capitalize()}, {rows} rows. {score_sentence(EVALUATED, own)}")
+        if numbers["invalid"]:
+            sentences.append(f"{split.capitalize()} rows: {numbers['invalid']} of {rows} answers are no label.")
+        if split == "train":
+            sentences.append("Train rows are those learned from: how well they are known says little about others.")
+            continue
+        sentences += comparison_sentences(EVALUATED, systems, rows)
+        sentences += interval_notes(f"{split} rows", own, rows)
     return sentences
 
 
@@ -304,9 +315,11 @@ def write_results(folder, task, predictions, metrics, counts, settings, curves):
         if curves.is_file():
             pictures.append(("Training: losses and scores over the epochs", curves))
         tables = []
-        for split, numbers in metrics.items():
+        for split, numbers in sorted(metrics.items(), reverse=True):
             per_class = pd.DataFrame(numbers["per_class"]).T.rename_axis("label").reset_index()
             note = "In square brackets the 95% interval, by a bootstrap over the rows."
+            if split == "train":
+                note += " The adapter and the baselines but the last have learned from these rows."
             tables.append((f"Scores, {split} rows", systems_table(compared_systems(numbers)), note))
             tables.append((f"Labels, {split} rows", per_class.astype({"support": int}), ""))
         write_html_report(

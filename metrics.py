@@ -14,6 +14,7 @@ INVALID = -1  # the class index of an output that is no label
 CALIBRATION_BINS = 10
 GROUPS_SHOWN = 20  # of a column; what is rarer is counted together
 RESAMPLES = 10_000  # the ends of an interval then move by about 0.002 from one seed to another
+DRAWN_ALONE = 2000  # rows at most, of which each is drawn on its own
 BOOTSTRAP_SEED = 42  # not --seed: the same predictions give the same interval
 # In cross-validation every row helps to predict the others, and they it: where one of two like rows is right because of
 # the other, so is the other. On labels that mean nothing the correlations of a row's hit with the others' add up to
@@ -128,8 +129,8 @@ def scored_systems(labels, label_text, systems, compare=None):
     interval of the mean [low, high] by `bootstrap_scores`, wider for a system that was cross-validated; per_class_f1,
     the mean over the repeats; invalid and confusion (as `confusion_counts` gives it, nested lists), summed over them;
     log_loss (nats) and expected_calibration_error over all of them, where there are probabilities. With `compare`, a
-    system's name, every other one gets difference: {"accuracy": {"mean", "interval"}, "macro_f1": ...}, compare's less
-    its own, paired.
+    system's name, every other one gets difference: {"accuracy": {"mean", "interval"}, "macro_f1": ..., "rows"}:
+    compare's scores less its own, paired, and the number of rows that one gets right more often than the other.
     """
     bootstraps = bootstrap_scores(labels, label_text, {name: system.predictions for name, system in systems.items()})
     found = {}
@@ -145,8 +146,13 @@ def scored_systems(labels, label_text, systems, compare=None):
                     "interval": difference.interval(_widening(system, systems[compare])),
                 }
                 for score, difference in paired.items()
-            }
+            } | {"rows": int((_hits(label_text, systems[compare]) != _hits(label_text, system)).sum())}
     return found
+
+
+def _hits(label_text, system):
+    """Return how often, (rows,), a system is right about each row."""
+    return (np.array(system.predictions, dtype=object) == np.array(label_text, dtype=object)).sum(axis=0)
 
 
 def _widening(*systems):
@@ -212,13 +218,17 @@ def bootstrap_scores(labels, label_text, systems):
 
     `systems` is {name: predictions}, each a list over repeats of lists over rows (labels, or None for what is no
     label): a row is drawn with all its repeats, and a score is the mean over the repeats of what
-    `classification_metrics` gives. Rows that agree in label and all predictions are one cell, drawn together by their
-    number: the cost grows with the kinds of rows, not with the rows.
+    `classification_metrics` gives. Of more than 2,000 rows, those that agree in label and all predictions are drawn
+    together by their number: the cost grows with the kinds of rows. Of fewer, each is drawn on its own, so that the
+    same predictions give the same interval whatever stands beside them.
     """
     columns = [_indices(labels, label_text)]
     for repeats in systems.values():
         columns += [_indices(labels, predictions) for predictions in repeats]
-    cells, counts = np.unique(np.array(columns).T, axis=0, return_counts=True)
+    cells = np.array(columns).T
+    counts = np.ones(len(cells), dtype=np.int64)
+    if len(cells) > DRAWN_ALONE:
+        cells, counts = np.unique(cells, axis=0, return_counts=True)
     rows = counts.sum()
     drawn = np.random.default_rng(BOOTSTRAP_SEED).multinomial(rows, counts / rows, size=RESAMPLES)
     left_out = counts - np.eye(len(counts), dtype=np.int64) if rows > 1 else counts[None]

@@ -21,6 +21,9 @@ from metrics import CALIBRATION_BINS
 
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 WIDE = 0.2  # an interval as wide as that says little
+FEW = (
+    6  # rows that differ: five, all in one direction, come about by chance in 1 of 16 cases (sign test), six in 1 of 32
+)
 MISTAKES_SHOWN = 500
 
 
@@ -331,17 +334,19 @@ def with_interval(score, interval):
 def systems_table(systems, first="system"):
     """Return a DataFrame of texts with a line per system; `systems` as `metrics.scored_systems` gives them.
 
-    `first` is the heading of the column of their names.
+    `first` is the heading of the column of their names; ± is the standard deviation over the repeats.
     """
     lines = []
     for name, numbers in systems.items():
-        line = {first: name} | {
-            title: with_interval(numbers[score]["mean"], numbers[score]["interval"]) for score, title in SCORES.items()
-        }
-        if numbers["accuracy"]["sd"] is not None:
-            line |= {f"sd of {title}": f"{numbers[score]['sd']:.3f}" for score, title in SCORES.items()}
+        line = {first: name}
+        for place, (score, title) in enumerate(SCORES.items()):
+            line[title] = with_interval(numbers[score]["mean"], numbers[score]["interval"])
+            if numbers[score]["sd"] is not None:
+                line["±" + " " * place] = f"{numbers[score]['sd']:.3f}"  # two columns of one heading
         for key, title in (("log_loss", "log loss"), ("expected_calibration_error", "calibration error")):
             line[title] = f"{numbers[key]:.3f}" if key in numbers else "–"
+        if any(each["invalid"] for each in systems.values()):
+            line["no label"] = str(numbers["invalid"])
         lines.append(line)
     return pd.DataFrame(lines).fillna("–")
 
@@ -368,27 +373,29 @@ def comparison_sentences(name, others, rows):
             parts.append(f"{title} is {by} (95% interval of the difference {low:+.3f} to {high:+.3f})")
             if low > 0 or high < 0:
                 told.append(title)
-        verdict = {
-            0: f"these {rows} rows cannot tell the two apart",
-            1: f"these {rows} rows tell the two apart by {told[0] if told else ''} only",
-            2: f"these {rows} rows tell the two apart",
-        }[len(told)]
+        if 0 < numbers["difference"]["rows"] < FEW:
+            verdict = f"they differ in only {numbers['difference']['rows']} rows, too few to tell the two apart"
+        elif not told:
+            verdict = f"these {rows} rows cannot tell the two apart"
+        else:
+            verdict = f"these {rows} rows tell the two apart" + (f" by {told[0]} only" if len(told) == 1 else "")
         sentences.append(f"{name[0].upper()}{name[1:]}, against {other}: {' and '.join(parts)}: {verdict}.")
     return sentences
 
 
 def interval_notes(name, numbers, rows):
     """Return a sentence for each interval of a system that is wider than 0.2, or one where they have no width."""
+    name = f"{name[0].upper()}{name[1:]}"
     widths = {score: numbers[score]["interval"][1] - numbers[score]["interval"][0] for score in SCORES}
     if widths["accuracy"] == 0:
+        what = {0: "wrong", 1: "right"}.get(numbers["accuracy"]["mean"], "alike")
         # The rule of three: 0 of n seen, so with 95% confidence fewer than 3 in n (Hanley and Lippman-Hand 1983).
         return [
-            f"{name[0].upper()}{name[1:]}: all {rows} rows are alike, right or wrong, so the bootstrap sees no spread; "
-            f"up to {min(1, 3 / rows):.0%} of other rows may be different all the same (rule of three)."
+            f"{name}: all {rows} rows are {what}, so the bootstrap sees no spread; up to {min(1, 3 / rows):.0%} of "
+            "other rows may be different all the same (rule of three)."
         ]
     return [
-        f"{name[0].upper()}{name[1:]}: the interval of {SCORES[score]} is {width:.2f} wide; {rows} rows are too few to "
-        "say it more exactly."
+        f"{name}: the interval of {SCORES[score]} is {width:.2f} wide; {rows} rows are too few to say it more exactly."
         for score, width in widths.items()
         if width > WIDE
     ]

@@ -167,7 +167,8 @@ def stratified_folds(label_text, folds, repeats, seed):
     counts = Counter(label_text)
     most = max(counts.values())
     if most < folds:
-        raise UserError(f"--folds {folds}: no label has as many rows, the most frequent one has {most}; lower it")
+        advice = "lower it" if most > 1 else "add rows"
+        raise UserError(f"--folds {folds}: no label has as many rows, the most frequent one has {most}; {advice}")
     notes = [
         f"label {label!r} has {count} row{'s' if count > 1 else ''}, fewer than {folds} folds: "
         + ("it is not learned where it is held out" if count == 1 else "some folds hold none of it out")

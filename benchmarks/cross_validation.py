@@ -19,6 +19,8 @@ def main():
     )
     args = parser.parse_args()
     folder = args.folder
+    if not (folder / "run.json").is_file():
+        parser.error(f"{folder}: holds no finished cross-validation")
     run, metrics = (json.loads((folder / name).read_text()) for name in ("run.json", "metrics.json"))
     for option in ("base_model_name", "dataset_name"):  # not where they lie on this machine
         run["options"][option] = Path(run["options"][option]).name

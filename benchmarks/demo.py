@@ -3,6 +3,7 @@
 make demo && .venv/bin/python benchmarks/demo.py
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "demo.json"
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     run = json.loads((ADAPTER / "run.json").read_text())
     evaluations = {}
     for folder in sorted((ADAPTER / "evaluation").iterdir()):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import modeling  # noqa: E402
-from metrics import System, scored_systems  # noqa: E402
+from metrics import CROSS_VALIDATED, System, bootstrap_scores, scored_systems  # noqa: E402
 from rows import stratified_folds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "interval-coverage.json"
@@ -62,17 +62,18 @@ def simulate(learner, matrix, setting, cases):
     """Return in what share of cases the interval holds chance, as cross_validate.py gives it and not widened."""
     rows, cut, repeats, classes = setting
     labels = [f"label {number}" for number in range(classes)]
-    random, covered = np.random.default_rng(0), {True: 0, False: 0}
+    random, covered = np.random.default_rng(0), {CROSS_VALIDATED: 0, 1.0: 0}
     for case in range(cases):
         drawn = matrix[random.choice(matrix.shape[0], rows, replace=False)]
+        drawn = drawn[:, drawn.getnnz(axis=0) > 0]
         label_text = random.permutation(np.resize(labels, rows))
         folds, _ = stratified_folds(label_text.tolist(), cut, repeats, seed=case)
         predictions = held_out_predictions(learner, drawn, label_text, folds)
-        for widened in covered:
-            system = System(predictions, cross_validated=widened)
-            low, high = scored_systems(labels, label_text.tolist(), {"it": system})["it"]["accuracy"]["interval"]
-            covered[widened] += low <= 1 / classes <= high
-    return {"covered": covered[True] / cases, "covered_not_widened": covered[False] / cases}
+        accuracy = bootstrap_scores(labels, label_text.tolist(), {"it": predictions})["it"]["accuracy"]
+        for widening in covered:
+            low, high = accuracy.interval(widening)
+            covered[widening] += low <= 1 / classes <= high
+    return {"covered": covered[CROSS_VALIDATED] / cases, "covered_not_widened": covered[1.0] / cases}
 
 
 def simulate_split(rows, shares, hits, cases):
@@ -106,7 +107,7 @@ def main():
         about = dict(zip(("rows", "folds", "repeats", "labels"), setting, strict=True))
         lines.append({"learner": name, **about, **simulate(learner, matrix, setting, args.cases)})
     splits = [
-        simulate_split(rows, shares, hits, 5 * args.cases)
+        simulate_split(rows, shares, hits, 2 * args.cases)
         for rows in (23, 113)
         for shares in ((27, 24, 62), (16, 11, 19, 5, 8, 34, 20))  # the study's, with three and with seven labels
         for hits in (0.0, 0.6)

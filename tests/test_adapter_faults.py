@@ -372,16 +372,18 @@ def test_options_are_not_code_also_without_assertions(work):
     value = "__import__('pathlib').Path('ran').touch()"
     before = snapshot(work)
     code = f"""
-import evaluate, merge_labels, train
-codes = [train.main([*{TRAIN!r}, "--adapters_name", name]) for name in ({value!r}, "../up", "/tmp/up")]
-codes += [evaluate.main(["--adapters_name", name]) for name in ({value!r}, "../work/models/films")]
+import cross_validate, evaluate, merge_labels, train
+names = ({value!r}, "../up", "/tmp/up", "a\\nb", "\\x1b[2J")
+codes = [main([*{TRAIN!r}, "--adapters_name", name]) for main in (train.main, cross_validate.main) for name in names]
+codes += [evaluate.main(["--adapters_name", name]) for name in (*names, "../work/models/films", "films\\n")]
 codes += [merge_labels.main(["films.jsonl", "--merge", {value!r}])]
 print(codes)
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-O", "-c", code], env=environment, capture_output=True, encoding="utf-8")
-    assert done.stdout.splitlines()[-1] == str([2] * 6), done.stderr
-    assert done.stderr.count(": error: --") == 6 and "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == str([2] * 18), done.stderr
+    assert done.stderr.count(": error: --") == 18 and "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
     assert snapshot(work) == before
 
 

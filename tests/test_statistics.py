@@ -2,6 +2,7 @@
 
 import math
 from importlib.resources import files
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from baselines import majority_class, tfidf_regression
 from command_line import UserError
 from metrics import (
     System,
+    bootstrap_scores,
     calibration_bins,
     classification_metrics,
     probability_metrics,
@@ -70,6 +72,31 @@ def test_intervals_are_those_of_scipys_bootstrap(sample, score, paired):
     assert found["mean"] == pytest.approx(of_rows(range(60)))
     result = bootstrap((np.arange(60),), of_rows, vectorized=False, n_resamples=2000, method="BCa", rng=1)
     assert found["interval"] == pytest.approx(list(result.confidence_interval), abs=0.02)
+
+
+@pytest.mark.parametrize("score", ["accuracy", "macro_f1"])
+def test_intervals_are_corrected_as_the_textbook_says(sample, score):
+    """Bias and acceleration of BCa (Efron 1987), written out: the correction is smaller than the chance of a draw."""
+    truth, (predicted, *_), _ = sample
+    found = bootstrap_scores(LABELS, truth, {"it": [predicted]})["it"][score]
+    left_out = [
+        simple_score(truth[:row] + truth[row + 1 :], predicted[:row] + predicted[row + 1 :], score) for row in range(60)
+    ]
+    pulls = [np.mean(left_out) - value for value in left_out]
+    acceleration = sum(pull**3 for pull in pulls) / (6 * sum(pull**2 for pull in pulls) ** 1.5)
+    below = (np.mean(found.draws < found.estimate) + np.mean(found.draws <= found.estimate)) / 2
+    normal = NormalDist()
+    bias = normal.inv_cdf(below)
+    ends = []
+    for share in (0.025, 0.975):
+        wanted = bias + normal.inv_cdf(share)
+        ends.append(np.quantile(found.draws, normal.cdf(bias + wanted / (1 - acceleration * wanted))))
+    assert found.interval() == pytest.approx(ends, abs=1e-9)
+    plain = np.quantile(found.draws, [0.025, 0.975])
+    assert acceleration != 0 and bias != 0 and (score == "accuracy" or tuple(plain) != tuple(ends))
+    estimate = found.estimate
+    wide = [estimate + 2 * (end - estimate) for end in ends]
+    assert found.interval(2) == pytest.approx([max(wide[0], 0), min(wide[1], 1)])
 
 
 def test_weighted_scores_are_those_of_the_rows_repeated(sample):
@@ -138,9 +165,40 @@ def test_wide_intervals_are_said(sample):
 )
 def test_a_difference_is_told_where_its_interval_leaves_out_zero(accuracy, macro_f1, verdict):
     difference = {"accuracy": {"mean": 0.05, "interval": accuracy}, "macro_f1": {"mean": -0.05, "interval": macro_f1}}
+    difference["rows"] = 6
     (sentence,) = comparison_sentences("it", {"other": {"difference": difference}}, 60)
     assert sentence.endswith(verdict)
     assert "accuracy is 0.050 higher" in sentence and "macro-F1 is 0.050 lower" in sentence
+
+
+@pytest.mark.parametrize("differing", [0, 3, 5, 6])
+def test_a_handful_of_rows_tells_nothing_apart(differing):
+    """A bootstrap of 3 to 0 nearly never gives 0, and the sign test says: one case in four by chance."""
+    truth = ["a"] * 20 + ["b"] * 20
+    worse = ["b"] * differing + truth[differing:]
+    systems = {"it": System([truth[:-4] + ["a"] * 4]), "other": System([worse[:-4] + ["a"] * 4])}
+    numbers = scored_systems(["a", "b"], truth, systems, compare="it")
+    assert numbers["other"]["difference"]["rows"] == differing
+    (sentence,) = comparison_sentences("it", {"other": numbers["other"]}, 40)
+    verdicts = {0: "these 40 rows cannot tell the two apart.", 6: "these 40 rows tell the two apart."}
+    few = f"they differ in only {differing} rows, too few to tell the two apart."
+    assert sentence.endswith(verdicts.get(differing, few))
+
+
+def test_an_interval_does_not_depend_on_what_else_is_scored(sample):
+    truth, repeats, other = sample
+    alone = scored_systems(LABELS, truth, {"it": System(repeats)})["it"]
+    beside = scored_systems(LABELS, truth, {"other": System(other), "it": System(repeats)})["it"]
+    assert alone == beside
+
+
+def test_many_rows_are_drawn_by_kind_with_the_same_result(sample, monkeypatch):
+    truth, repeats, _ = sample
+    alone = scored_systems(LABELS, truth, {"it": System(repeats)})["it"]
+    monkeypatch.setattr("metrics.DRAWN_ALONE", 10)
+    by_kind = scored_systems(LABELS, truth, {"it": System(repeats)})["it"]
+    for score in ("accuracy", "macro_f1"):
+        assert by_kind[score]["interval"] == pytest.approx(alone[score]["interval"], abs=0.01)
 
 
 def test_calibration_bins_are_those_of_the_written_out_way():
