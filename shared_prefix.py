@@ -6,6 +6,7 @@ Loss and gradients are those of the padded batch (similar: PrefixGrouper, arXiv:
 every label of every row in a token tree: the rows' tokens branch off the prefix, and the labels' off the rows.
 """
 
+import functools
 import os
 
 import torch
@@ -177,7 +178,11 @@ class LabelScorer:
         # With any token behind it: a prompt keeps at least its last one.
         self.cache, start = prefix_cache(model, [[*prefix, 0]] * 2)
         self.prefix = list(prefix[:start])
-        self.answer_tokens = len(LabelTree([[0]], answers).ids) - 1
+
+    @functools.cached_property
+    def answer_tokens(self):
+        """How many tokens the answers add to a prompt's own."""
+        return len(LabelTree([[0]], self.answers).ids) - 1
 
     def cost(self, prompt):
         """Return how many tokens the prompt (a list of ids) adds to a batch, its answers' among them."""
