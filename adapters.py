@@ -76,18 +76,18 @@ def check_base_weights(folder, base_model):
         )
 
 
-def load_model(folder, run, *, force=False, base_only=False, gpu=0):
+def load_model(folder, run, *, force=False, base_only=False):
     """Return (model, tokenizer) of the adapter in `folder`, or with `base_only` of its base model alone.
 
     `run` is its run.json's dict. Raises UserError where the base model is not the one that it was trained on, which
-    `force` does not look at. The model is on the GPU number `gpu`, where there is one.
+    `force` does not look at.
     """
     base_model = run["base_model"]
     if not force:
         check_base_name(folder, base_model)
     modeling.check_memory(base_model["name"])
     tokenizer = modeling.load_tokenizer(str(folder))
-    model = modeling.load_base_model(base_model["name"], base_model["revision"], gpu=gpu)
+    model = modeling.load_base_model(base_model["name"], base_model["revision"])
     if not force:
         check_base_weights(folder, base_model)
     return (model if base_only else modeling.load_adapter(model, folder)), tokenizer

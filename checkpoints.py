@@ -23,9 +23,7 @@ CONTENTS = "contents.json"  # size and SHA-256 of a checkpoint's files, written 
 
 def check_folder(folder, resume, overwrite):
     """Raise UserError where a run cannot write to `folder`, would replace another unasked, or has none to resume."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file, and the run's folder {folder} is to be there; move it away")
+    check_writable(folder, "run from another folder")
     used = folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
     if resume and not used:
         raise UserError(f"{folder}: does not exist, so there is no run to resume; leave out --resume")
@@ -33,9 +31,15 @@ def check_folder(folder, resume, overwrite):
         unfinished = (folder / "checkpoints" / "run.json").exists()
         choice = " and holds a run that is not finished; pass --resume to go on with it," if unfinished else "; pass"
         raise UserError(f"{folder}: exists{choice} --overwrite to replace it, or name another --adapters_name")
+
+
+def check_writable(folder, or_else):
+    """Raise UserError where `folder` cannot be made or written to; `or_else` says what else could be done."""
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: is a file, and the folder {folder} is to be there; move it away")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot write there ({nearest} is not writable); run from another folder")
+        raise UserError(f"{folder}: cannot write there ({nearest} is not writable); make it so, or {or_else}")
 
 
 def is_finished(folder):
@@ -307,6 +311,6 @@ def check_same(before, now, free):
             f"--base_model_name {now['options']['base_model_name']}: its tokenizer gives other tokens than when the "
             "run was started; restore it, or start anew with --overwrite"
         )
-    for name in ("device", "compute_dtype", "versions"):
-        if before.get(name) != now[name]:
-            print(f"Note: {name} was {before.get(name)} and is {now[name]}: results may differ in their last digits")
+    for name in ("device", "processes", "compute_dtype", "versions"):
+        if name in before and before[name] != now[name]:
+            print(f"Note: {name} was {before[name]} and is {now[name]}: results may differ in their last digits")

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import glob
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -42,18 +44,29 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        _let_the_first_speak()
         self.exit(2, f"{self.prog}: error: {_one_line(message)}; see python {self.prog} --help\n")
 
 
 def one_line_errors(main):
-    """Decorate a command's `main(argv)`: it returns 0, or after one line on stderr 2, 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Decorate a command's `main(argv)`: it returns 0, or after one line on stderr 2, 130 (Ctrl-C) or 143 (SIGTERM).
+
+    Of several processes that a launcher has started the first alone prints; an error of another one is said where the
+    first goes on.
+    """
 
     @functools.wraps(main)
     def guarded(argv=None):
         program = Path(main.__code__.co_filename).name
+        first = _process_number() == 0
+        silence = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
         try:
-            with _stopped_by_signals(for_good=main.__module__ == "__main__"):
-                main(argv)
+            with _stopped_by_signals(for_good=main.__module__ == "__main__"), silence:
+                try:
+                    main(argv)
+                except (UserError, OSError):
+                    _let_the_first_speak()
+                    raise
         except UserError as error:
             print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
             return 2
@@ -63,11 +76,23 @@ def one_line_errors(main):
             print(f"{program}: error: {_one_line(error.filename)}: {error.strerror}; name another", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
-            print(f"{program}: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
+            if first:
+                print(f"{program}: {_one_line(stop) or 'interrupted'}", file=sys.stderr)
             return 143 if isinstance(stop, Terminated) else 130
         return 0
 
     return guarded
+
+
+def _process_number():
+    """Return this process's number among those that a launcher has started, 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _let_the_first_speak():
+    """Wait in all processes but the first one: a launcher ends all with the first that ends, before it has spoken."""
+    if _process_number():
+        time.sleep(5)
 
 
 def _one_line(message):

@@ -5,6 +5,7 @@ python cross_validate.py --dataset_name data/smollm2-demo --base_model_name smol
 """
 
 import argparse
+import functools
 import gc
 import json
 import re
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoints
 import modeling
+import processes
 import train
 from baselines import MAJORITY, TFIDF, ZERO_SHOT, majority_class, tfidf_regression
 from command_line import CommandParser, UserError, number, one_line_errors, positive_int
@@ -360,6 +362,7 @@ def write_results(folder, task, rows, folds, run, metrics, systems):
 @one_line_errors
 def main(argv=None):
     args, task = parse_args(argv)
+    processes.refuse_several("cross_validate.py")
     folder = train.check_output(args, RESULTS)
     modeling.check_memory(args.base_model_name)
     rows, notes = read_rows(args.dataset_name, task)
@@ -369,7 +372,8 @@ def main(argv=None):
     print(f"{len(rows)} rows, {cut} cut to {args.max_seq_length} tokens", *notes, *more_notes, sep="\n")
     locked = checkpoints.locked(folder, args.resume, args.overwrite)
     command = sys.argv[1:] if argv is None else argv
-    with locked, train.saying_how_to_resume(folder, command, "cross_validate.py"):
+    kept = functools.partial(train.newest_kept, folder)
+    with locked, processes.saying_how_to_resume("cross_validate.py", command, kept):
         run, scores, zero_shot = run_folds(args, task, rows, folds, tokenizer, encoded, folder)
         if scores is not None:
             metrics, systems = evaluate_scores(task, rows, folds, scores, zero_shot)

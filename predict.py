@@ -2,34 +2,28 @@
 
 python predict.py --adapters_name Llama-2-13b-chat-hf-epoch10 --input comments.jsonl --output labels.jsonl
 python predict.py --adapters_name smollm2-epoch5 --input comments.csv.gz --output labels.parquet --by subreddit month
-torchrun --nproc_per_node 4 predict.py ...   # the same with four GPUs; accelerate launch --num_processes 4, too
+accelerate launch --num_processes 4 predict.py ...   # the same with four GPUs
 """
 
 import argparse
 import contextlib
-import datetime
-import io
+import functools
 import itertools
 import json
-import shlex
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 import adapters
 import modeling
+import processes
 from checkpoints import held, read_run
 from command_line import (
     CommandParser,
-    CutOff,
     UserError,
     not_empty,
     number,
@@ -46,7 +40,6 @@ from table_files import SPLIT, Source, check_format, write_table
 from unfinished import Unfinished, check_same
 
 CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a batch; beyond, the mask of all pairs costs more than a larger batch saves
-PATIENCE = datetime.timedelta(days=1)  # of processes that wait for the first one to read or write a large file
 EMPTY, NO_TEXT, TOO_LONG, UNSURE = "empty", "not text", "longer than max_seq_length", "below --min_probability"
 # What may differ when a run goes on: no label depends on it.
 FREE = ("by", "tokens_per_batch", "device", "versions")
@@ -104,43 +97,6 @@ def parse_args(argv):
         setattr(args, name, getattr(args, name, None))
     check_format("--output", args.output)
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-@contextlib.contextmanager
-def first_speaks(state):
-    """Let the first process alone print, and say in one line what went wrong."""
-    if state.is_main_process:
-        yield
-        return
-    disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(5)  # a launcher ends all processes with the first that ends: let the first one say why
-        raise SystemExit(2) from error
-
-
-def on_first(state, function, *args):
-    """Return what `function(*args)` returns in the first process, in all of them; an error there is one in all."""
-    answer = [None, None]
-    if state.is_main_process:
-        try:
-            answer[0] = function(*args)
-        except (UserError, OSError) as error:
-            if state.num_processes == 1:
-                raise
-            answer[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,8 +228,8 @@ def check_places(source, output):
 class Labeller:
     """Gives sentences the probabilities of the task's labels, in all processes together."""
 
-    def __init__(self, model, tokenizer, task, max_seq_length, tokens_per_batch, state):
-        self.tokenizer, self.task, self.tokens_per_batch, self.state = tokenizer, task, tokens_per_batch, state
+    def __init__(self, model, tokenizer, task, max_seq_length, tokens_per_batch):
+        self.tokenizer, self.task, self.tokens_per_batch = tokenizer, task, tokens_per_batch
         self.budget = prompt_budget(tokenizer, task, max_seq_length)
         answers = [answer_ids(tokenizer, label) for label in task.labels]
         self.scorer = LabelScorer(model, common_ids(tokenizer, task), answers)
@@ -295,21 +251,16 @@ class Labeller:
         """
         sentences, prompts = list(encoded), list(encoded.values())
         batches = self.scorer.batches(prompts, self.tokens_per_batch)
-        mine, failure = [], None
-        try:
-            for batch in range(self.state.process_index, len(batches), self.state.num_processes):
-                mine.append((batch, self._score([prompts[row] for row in batches[batch]])))
-                progress([sentences[row] for row in batches[batch]])
-        except UserError as error:
-            failure = error
-        gathered = gather_object([(mine, failure)])
-        if failures := [failure for _, failure in gathered if failure is not None]:
-            raise failures[0]
+
+        def score(batch):
+            scores = self._score([prompts[row] for row in batch])
+            progress([sentences[row] for row in batch])
+            return scores
+
         return {
             sentences[row]: numbers
-            for scored, _ in gathered
-            for batch, scores in scored
-            for row, numbers in zip(batches[batch], scores, strict=True)
+            for batch, scores in zip(batches, processes.share_out(batches, score), strict=True)
+            for row, numbers in zip(batch, scores, strict=True)
         }
 
     def _score(self, prompts):
@@ -405,61 +356,53 @@ def print_summary(summary, unfinished):
     print(f"Written: {unfinished.output}, {unfinished.summary}, {unfinished.picture}")
 
 
-@contextlib.contextmanager
-def saying_how_to_resume(unfinished, argv):
-    """Add to the message of a run that was cut off how much is kept, and how to go on."""
-    try:
-        yield
-    except (KeyboardInterrupt, CutOff) as error:
-        message = str(error) or "interrupted"
-        if pieces := len(unfinished.pieces()):
-            options = [option for option in argv if option not in ("--overwrite", "--resume")]
-            command = shlex.join(["python", "predict.py", *options, "--resume"])
-            message += f"; kept: {pieces} window{'s' if pieces > 1 else ''}; to go on: {command}"
-        raise type(error)(message) from error
-
-
 def predict(args, labeller, source, plan, unfinished, added):
     """Write a piece for every window that has none yet."""
-    state, rows = labeller.state, plan["rows"]
-    first = on_first(state, lambda: len(unfinished.pieces()))
+    rows = plan["rows"]
+    first = processes.on_first(lambda: len(unfinished.pieces()))
     skipped = first * args.window if rows is None else min(rows, first * args.window)
     schema = source.schema()
-    with tqdm(total=rows, initial=skipped, unit="row", desc="predict", disable=not state.is_main_process) as bar:
+    with tqdm(total=rows, initial=skipped, unit="row", desc="predict", disable=not processes.is_first()) as bar:
         for place, window in enumerate(windows(source.rows(skipped), args.window), start=first):
             records = label_window(labeller, window, args, plan["text_column"], bar)
-            on_first(state, unfinished.add, place, records, schema, added)
+            processes.on_first(unfinished.add, place, records, schema, added)
+
+
+def windows_kept(unfinished):
+    """Return in words how many windows are done, empty ones for none."""
+    pieces = len(unfinished.pieces())
+    return f"{pieces} window{'s' if pieces > 1 else ''}" if pieces else ""
 
 
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    with first_speaks(state), contextlib.ExitStack() as stack:
+    with processes.joined(), contextlib.ExitStack() as stack:
         folder, _ = adapters.find_adapter(args.adapters_name)
         run = read_run(folder / "run.json", "train the adapter again")
         task = task_from_fields(run["task"], folder / "run.json")
         source, unfinished = Source(args.input, args.split), Unfinished(args.output)
         check_places(source, unfinished.output)
         added = added_columns(task, args.probabilities)
-        on_first(state, stack.enter_context, held(unfinished.folder, "name another --output"))
-        on_first(state, unfinished.check, args.resume, args.overwrite)
-        stack.enter_context(saying_how_to_resume(unfinished, sys.argv[1:] if argv is None else argv))
+        processes.first_enters(stack, held(unfinished.folder, "name another --output"))
+        processes.on_first(unfinished.check, args.resume, args.overwrite)
+        command, kept = sys.argv[1:] if argv is None else argv, functools.partial(windows_kept, unfinished)
+        stack.enter_context(processes.saying_how_to_resume("predict.py", command, kept))
         fingerprint = adapters.fingerprint(folder, run)
-        plan = on_first(state, make_plan, args, source, task, fingerprint, unfinished, added)
+        plan = processes.on_first(make_plan, args, source, task, fingerprint, unfinished, added)
         if plan["finished"]:
-            on_first(state, unfinished.remove)  # of what a kill left
+            processes.on_first(unfinished.remove)  # of what a kill left
             print(f"{args.output}: this run is finished")
             return
-        model, tokenizer = adapters.load_model(folder, run, force=args.force, gpu=state.device.index or 0)
+        model, tokenizer = adapters.load_model(folder, run, force=args.force)
         tokens = args.tokens_per_batch or (plan["before"] or {}).get("tokens_per_batch")
-        tokens = tokens or on_first(state, default_tokens_per_batch, model)
-        labeller = Labeller(model, tokenizer, task, run["options"]["max_seq_length"], tokens, state)
+        tokens = tokens or processes.on_first(default_tokens_per_batch, model)
+        labeller = Labeller(model, tokenizer, task, run["options"]["max_seq_length"], tokens)
         settings = plan["settings"] | {"tokens_per_batch": tokens}
-        if state.is_main_process:
-            stack.enter_context(unfinished.started(None if plan["before"] else settings))
-        predict(args, labeller, source, plan, unfinished, added)
-        on_first(state, lambda: print_summary(finish(unfinished, task, args, settings, added), unfinished))
+        processes.first_enters(stack, unfinished.started(None if plan["before"] else settings))
+        with processes.lost_peers():
+            predict(args, labeller, source, plan, unfinished, added)
+        processes.on_first(lambda: print_summary(finish(unfinished, task, args, settings, added), unfinished))
 
 
 if __name__ == "__main__":

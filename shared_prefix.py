@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+import processes
 from command_line import UserError
 
 
@@ -78,6 +79,23 @@ class PaddedCollator:
             "attention_mask": torch.stack([visible(end) for end in ends])[:, None],
             "logits_to_keep": answer_columns(labels),
         }
+
+
+class OwnRows:
+    """Collates with `collator` those rows of a batch that are this process's; several processes share every batch.
+
+    Where there is none, another row without its labels stands in, which adds nothing to loss and gradients.
+    """
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, rows):
+        own = processes.own_share(rows)
+        batch = self.collator(own or rows[:1])
+        if not own:
+            batch["labels"].fill_(-100)
+        return batch
 
 
 def answer_columns(labels, pad_to_multiple_of=1):
@@ -226,17 +244,23 @@ def label_log_probs(model, prompts, answers, *, batch_size, description=None):
     """Return a float32 tensor (rows, answers) with log P(answer | prompt) in nats, EOS included, on the CPU.
 
     `prompts` and `answers` are lists of token ids; the answers end in EOS. What all prompts begin with is computed
-    once, and each batch of `batch_size` rows in one forward over its LabelTree. A progress bar shows `description`.
-    Raises UserError where the model gives a row NaN or an infinite number.
+    once, and each batch of `batch_size` rows in one forward over its LabelTree; several processes share the batches. A
+    progress bar shows `description`. Raises UserError where the model gives a row NaN or an infinite number.
     """
     scores = torch.empty(len(prompts), len(answers))
     scorer = LabelScorer(model, prompts[0][: common_length(prompts)], answers)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    with tqdm(total=len(prompts), desc=description, unit="row", leave=None, disable=description is None) as progress:
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            scores[rows] = scorer.score([prompts[row] for row in rows])
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    hidden = description is None or not processes.is_first()
+    with tqdm(total=len(prompts), desc=description, unit="row", leave=None, disable=hidden) as progress:
+
+        def score(rows):
             progress.update(len(rows))
+            return scorer.score([prompts[row] for row in rows])
+
+        for rows, of_batch in zip(batches, processes.share_out(batches, score), strict=True):
+            scores[rows] = of_batch
+        progress.update(len(prompts) - progress.n)
     bad = (~scores.isfinite()).any(dim=1)
     if bad.any():
         raise UserError(not_finite(f"{int(bad.sum())} of {len(bad)} rows, first row {int(bad.nonzero()[0])}"))

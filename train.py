@@ -10,10 +10,9 @@ import importlib.util
 import json
 import math
 import re
-import shlex
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -24,9 +23,9 @@ from trl import SFTConfig
 
 import checkpoints
 import modeling
+import processes
 from command_line import (
     CommandParser,
-    CutOff,
     UserError,
     hub_errors,
     not_empty,
@@ -39,7 +38,7 @@ from command_line import (
 from prompts import TASKS, answer_ids, encode_rows, load_task, task_fields
 from reports import draw_training_curves, model_card
 from rows import read_splits
-from shared_prefix import PaddedCollator, SharedPrefixCollator
+from shared_prefix import OwnRows, PaddedCollator, SharedPrefixCollator
 from trainer import AnswerLossTrainer, EarlyStopping, EvaluateAtEnd, KeepBest, SaveCheckpoints
 
 DEFAULT_TASK = "supp-anti-oth"
@@ -286,7 +285,10 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir, on_scores=N
     callbacks = [EvaluateAtEnd()]
     if args.early_stopping_patience:
         callbacks.append(EarlyStopping(args.early_stopping_patience))
-    collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
+    if args.no_shared_prefix:
+        collator = PaddedCollator(tokenizer.pad_token_id)
+    else:
+        collator = SharedPrefixCollator(tokenizer.pad_token_id, PAD_TO_MULTIPLE_OF if on_gpu else 1)
     with modeling.float32_adapter(model):
         return AnswerLossTrainer(
             model=model,
@@ -294,7 +296,7 @@ def build_trainer(model, tokenizer, task, encoded, args, output_dir, on_scores=N
             train_dataset=sft_dataset(encoded["train"]),
             eval_dataset=sft_dataset(encoded["validation"]),
             processing_class=tokenizer,
-            data_collator=PaddedCollator(tokenizer.pad_token_id) if args.no_shared_prefix else collator,
+            data_collator=OwnRows(collator),
             callbacks=callbacks,
             scored=scored | {"eval": encoded["validation"]},
             on_scores=on_scores,
@@ -323,7 +325,7 @@ def train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint=None
         "--gradient_checkpointing, with --resume, too, or start anew with a lower --train_batch_size (and "
         "--gradient_accumulation_steps raised as much), --eval_batch_size or --max_seq_length"
     )
-    with modeling.memory_errors(advice):
+    with modeling.memory_errors(advice), processes.lost_peers():
         trainer = build_trainer(model, tokenizer, task, encoded, args, folder, on_scores)
         if not on_scores:
             trainer.add_callback(SaveCheckpoints(args.save_steps or trainer.args.eval_steps))
@@ -354,6 +356,7 @@ def describe_run(args, task, encoded, data):
         "data": {"dataset_name": args.dataset_name, **data, "tokens": tokens},
         "versions": modeling.library_versions(),
         "device": modeling.device_name(),
+        "processes": processes.count(),
         "compute_dtype": str(modeling.compute_dtype()).removeprefix("torch."),
     }
 
@@ -365,7 +368,7 @@ def load_base(args, earlier=None):
     """
     pinned = earlier["base_model"] if earlier else {"revision": None}
     model = modeling.load_base_model(args.base_model_name, pinned["revision"])
-    base = modeling.describe_base_model(args.base_model_name, model)
+    base = processes.on_first(modeling.describe_base_model, args.base_model_name, model)
     if earlier and base != pinned:
         raise UserError(
             f"--base_model_name {args.base_model_name}: its weights or its config.json were others when the run was "
@@ -386,21 +389,6 @@ def fresh_adapter(model, args):
         target_modules=args.lora_target_modules,
         seed=args.seed,
     )
-
-
-@contextmanager
-def saying_how_to_resume(folder, argv, program="train.py"):
-    """Add to the message of a run that was cut off or failed which checkpoint is kept, and how to go on from it."""
-    try:
-        yield
-    except (KeyboardInterrupt, UserError) as error:
-        message = str(error) or "interrupted"
-        whole, _ = checkpoints.find_checkpoints(folder)
-        if whole and isinstance(error, KeyboardInterrupt | CutOff):
-            options = [option for option in argv if option not in ("--overwrite", "--resume")]
-            command = shlex.join(["python", program, *options, "--resume"])
-            message += f"; kept: {whole[-1]}; to go on: {command}"
-        raise type(error)(message) from error
 
 
 def save_run(folder, model, tokenizer, run, history):
@@ -448,13 +436,16 @@ def run_training(args, task, splits, tokenizer, encoded, folder):
         "validation_rows": len(splits.validation),
     }
     run = describe_run(args, task, encoded["train"] + encoded["validation"], data)
-    earlier, checkpoint = checkpoints.find_resumable(folder, run, FREE_OPTIONS) if args.resume else (None, None)
+    earlier, checkpoint = None, None
+    if args.resume:
+        earlier, checkpoint = processes.on_first(checkpoints.find_resumable, folder, run, FREE_OPTIONS)
     if earlier and not checkpoint:
         return earlier
     base_model, run["base_model"] = load_base(args, earlier)
     model = fresh_adapter(base_model, args)
     start = time.perf_counter()
-    with checkpoints.in_progress(folder, None if args.resume else run):
+    with ExitStack() as stack:
+        processes.first_enters(stack, checkpoints.in_progress(folder, None if args.resume else run))
         history, kept_step = train_adapter(model, tokenizer, task, encoded, args, folder, checkpoint)
     run |= {
         "resumed_from": checkpoint and checkpoint.name,
@@ -463,26 +454,36 @@ def run_training(args, task, splits, tokenizer, encoded, folder):
         "seconds": round(time.perf_counter() - start, 1),
         "peak_memory_gb": round(modeling.peak_memory_gb(), 2),
     }
-    with checkpoints.result(folder) as part:
-        save_run(part, model, tokenizer, run, history)
+    if processes.is_first():
+        with checkpoints.result(folder) as part:
+            save_run(part, model, tokenizer, run, history)
     return run
+
+
+def newest_kept(folder):
+    """Return the path of the newest whole checkpoint in words, empty ones where there is none."""
+    whole, _ = checkpoints.find_checkpoints(folder)
+    return str(whole[-1]) if whole else ""
 
 
 @one_line_errors
 def main(argv=None):
     args, task = parse_args(argv)
-    folder = check_output(args)
-    modeling.check_memory(args.base_model_name)
-    splits = read_splits(args.dataset_name, task)
-    tokenizer = modeling.load_tokenizer(args.base_model_name)
-    encoded = encode_splits(tokenizer, task, splits, args.max_seq_length)
-    if args.push_to_hub:
-        create_hub_repository(args.push_to_hub)
-    locked = checkpoints.locked(folder, args.resume, args.overwrite)
-    with locked, saying_how_to_resume(folder, sys.argv[1:] if argv is None else argv):
-        run = run_training(args, task, splits, tokenizer, encoded, folder)
-    if args.push_to_hub:
-        push_to_hub(folder, args.push_to_hub)
+    with processes.joined():
+        folder = processes.on_first(check_output, args)
+        modeling.check_memory(args.base_model_name)
+        splits = read_splits(args.dataset_name, task)
+        tokenizer = modeling.load_tokenizer(args.base_model_name)
+        encoded = encode_splits(tokenizer, task, splits, args.max_seq_length)
+        if args.push_to_hub:
+            processes.on_first(create_hub_repository, args.push_to_hub)
+        with ExitStack() as stack:
+            processes.first_enters(stack, checkpoints.locked(folder, args.resume, args.overwrite))
+            command = sys.argv[1:] if argv is None else argv
+            stack.enter_context(processes.saying_how_to_resume("train.py", command, lambda: newest_kept(folder)))
+            run = run_training(args, task, splits, tokenizer, encoded, folder)
+        if args.push_to_hub:
+            processes.on_first(push_to_hub, folder, args.push_to_hub)
     print(f"Adapter (after step {run.get('kept_step')} of {run.get('steps')}), history and curves: {folder}")
     print(f"Next: python evaluate.py --adapters_name {args.adapters_name}")
 

@@ -1,23 +1,28 @@
 """TRL's trainer as train.py uses it: the loss at the answers alone, label scoring, checkpoints, and its callbacks."""
 
+import functools
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import reduce
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 import checkpoints
+import processes
 from command_line import UserError
 from metrics import classification_metrics, predicted_labels
 from shared_prefix import label_log_probs
 from step_graph import GraphedStep
 
+RANDOM_STATES = "random_states.safetensors"  # of all processes, in a checkpoint of several
 SPLIT_NAMES = {"train": "train", "eval": "validation"}  # the trainer's names, and ours
 
 
@@ -29,10 +34,16 @@ class AnswerLossTrainer(SFTTrainer):
     to be scored at every evaluation; `answers` is {label: ids}. `on_scores` is called with the log-probabilities (rows,
     labels) of the validation rows at every evaluation, and then nothing is printed. With `graphed` a step runs from a
     CUDA graph. `best` is the run's KeepBest or None: its weights belong to a checkpoint.
+
+    Several processes share the rows of a batch (`OwnRows`), whose size is what it is with one: loss and gradients are
+    added up, so that all of them take the step that one process would take. The first one writes.
     """
 
     def __init__(self, *args, scored, answers, on_scores=None, best=None, graphed=False, **kwargs):
         super().__init__(*args, **kwargs)
+        # No DistributedDataParallel: a step recorded as a CUDA graph runs none of its hooks, and an adapter's gradients
+        # are few enough to be added up at once, in `_clip_grad_norm`.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.scored = scored
         self.on_scores = on_scores
         if on_scores:
@@ -44,6 +55,16 @@ class AnswerLossTrainer(SFTTrainer):
         self.finite = StopAtNaN(self)
         for callback in (self.finite, LossSum(self), *([best] if best else [])):
             self.add_callback(callback)
+
+    def get_train_dataloader(self):
+        """Return the batches, all of them in every process; transformers would deal out, and fill up, whole ones."""
+        dataloader = super().get_train_dataloader()
+        sampler = dataloader.batch_sampler
+        if isinstance(sampler, BatchSamplerShard):
+            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
+        if not processes.is_first():
+            set_seed(self.args.seed + self.args.process_index)  # dropout's; the order of rows is drawn already
+        return dataloader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy in nats over the batch's answer tokens (or over `num_items_in_batch`)."""
@@ -58,11 +79,24 @@ class AnswerLossTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Add the gradients of one batch and return its loss, from a recording of that step on a GPU."""
         if self.graphed_step is None or num_items_in_batch is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
-            model.train()
-        count = {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
-        return self.graphed_step(self._prepare_inputs(inputs) | count)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            count = {"num_items_in_batch": torch.as_tensor(num_items_in_batch, device=self.args.device)}
+            loss = self.graphed_step(self._prepare_inputs(inputs) | count)
+        return reduce(loss, "sum") if processes.count() > 1 else loss
+
+    @torch.no_grad()
+    def _clip_grad_norm(self, model):
+        """Add up the gradients of all processes and clip them; return their norm before that."""
+        if processes.count() > 1:
+            gradients = [parameter.grad for parameter in self.trained]
+            total = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+            parts = total.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return super()._clip_grad_norm(model)
 
     def _step(self, inputs):
         batch = dict(inputs)
@@ -106,6 +140,9 @@ class AnswerLossTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint, whole or not at all; transformers resumes from what it writes itself."""
         self.finite.check()
+        if not processes.is_first():
+            super(SFTTrainer, self)._save_checkpoint(model, trial)  # writes nothing; the first gets its random state
+            return
         folder = Path(self.args.output_dir)
         with checkpoints.checkpoint(folder, self.state.global_step) as part:
             self.args.output_dir = str(part)
@@ -120,9 +157,35 @@ class AnswerLossTrainer(SFTTrainer):
             if self.best:
                 self.best.save(part)
 
+    def _save_rng_state(self, output_dir):
+        """Write the random states, those of several processes to one file."""
+        if processes.count() == 1:
+            super()._save_rng_state(output_dir)
+            return
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        gathered = processes.gathered(states)
+        if processes.is_first():
+            named = {f"{name} {number}": of[name] for number, of in enumerate(gathered) for name in of}
+            save_file(named, Path(output_dir, RANDOM_STATES))
+
+    def _load_rng_state(self, checkpoint):
+        """Restore this process's random states; a checkpoint of another number of processes leaves them as they are."""
+        file = Path(checkpoint or "", RANDOM_STATES)
+        if processes.count() == 1 or not file.is_file():
+            super()._load_rng_state(checkpoint)
+            return
+        states, number = load_file(file), self.args.process_index
+        if f"cpu {processes.count() - 1}" in states and f"cpu {processes.count()}" not in states:
+            torch.set_rng_state(states[f"cpu {number}"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(states[f"cuda {number}"])
+
     def _save(self, output_dir=None, state_dict=None):
         """Write the adapter alone: no pickled options."""
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if processes.is_first():
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def train(self, *args, **kwargs):
         """Train; what an error says then is on a line of its own, not behind a progress bar."""

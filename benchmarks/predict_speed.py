@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import concatenate_datasets
 from evaluate_speed import BATCH, NEW_TOKENS, load, plain_generate
 from train_speed import MAIN_TASK, Peak, add_model_options, base_model_name, save_result, synchronize
 
 import modeling
 import predict
+import processes
 from evaluate import generate_outputs
 from prompts import TASKS, answer_ids, prompts_ids
 from rows import read_splits
@@ -50,11 +50,12 @@ def predict_rows(model, tokenizer, task, sentences, tokens_per_batch):
         source = Source(file)
         plan = predict.make_plan(args, source, task, "", unfinished, added)
         tokens = tokens_per_batch or predict.default_tokens_per_batch(model)
-        labeller = predict.Labeller(model, tokenizer, task, MAX_SEQ_LENGTH, tokens, PartialState())
+        labeller = predict.Labeller(model, tokenizer, task, MAX_SEQ_LENGTH, tokens)
         unfinished.folder.mkdir()
         with unfinished.started(plan["settings"]):
             predict.predict(args, labeller, source, plan, unfinished, added)
-            predict.finish(unfinished, task, args, plan["settings"], added)
+            if processes.is_first():
+                predict.finish(unfinished, task, args, plan["settings"], added)
         synchronize()
         seconds = time.perf_counter() - start
     name = f"predict.py, {len(sentences):,} rows"
@@ -122,8 +123,8 @@ def main():
     parser.add_argument("--tokens_per_batch", type=int, help="default: predict.py's own")
     args = parser.parse_args()
     args.data = str(Path(args.data).resolve())
-    PartialState(cpu=not torch.cuda.is_available())
-    result = measure_all(args, base_model_name(args))
+    with processes.joined():
+        result = measure_all(args, base_model_name(args))
     save_result(f"predict-speed-{args.model or args.shape}", result, table(result))
 
 
