@@ -5,7 +5,7 @@ python benchmarks/predict_speed.py --shape llama-2-13b --tokenizer FOLDER --data
 
 predict.py's lines are from the file of rows to the finished output, without loading the model. Generation is timed on
 one batch: its time a row does not depend on their number. The rows are the sentences of --data again and again, each
-with another number behind it, so that no two are equal.
+with another number before it: no two are equal, and none begin alike, of which label scoring would make use.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def numbered_sentences(data, count):
     """Return so many distinct sentences, made from those of the labelled file `data`."""
     splits = read_splits(data, TASKS["politosphere-definitions"])
     sentences = concatenate_datasets([splits.train, splits.validation])["sentence"][:]
-    return [f"{sentence} {number}" for number, sentence in zip(range(count), itertools.cycle(sentences), strict=False)]
+    return [f"{number} {sentence}" for number, sentence in zip(range(count), itertools.cycle(sentences), strict=False)]
 
 
 def predict_rows(model, tokenizer, task, sentences, tokens_per_batch):

@@ -61,8 +61,8 @@ def main():
     add_model_options(parser)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 32, 64], help="rows a batch, in all GPUs")
     parser.add_argument("--steps", type=int, default=16, help="measured for each batch size")
-    parser.add_argument("--warm_up", type=int, default=8, help="steps before these")
-    parser.add_argument("--rows", type=int, default=4000, help="rows to label")
+    parser.add_argument("--warm_up", type=int, default=24, help="steps before these")
+    parser.add_argument("--rows", type=int, default=8192, help="rows to label")
     args = parser.parse_args()
     args.data = str(Path(args.data).resolve())
     with processes.joined():
