@@ -21,6 +21,7 @@ import json
 import lzma
 import math
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -39,8 +40,10 @@ _OPENERS = {
     ".xz": lzma.open,
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # that CSV files have instead of commas
 _KNOWN = "JSON lines (.jsonl, .ndjson, .json), CSV (.csv), both also as .gz, .bz2, .xz or .zst, or Parquet (.parquet)"
-_READ_AT_ONCE = 1024  # rows of a Parquet file
+_READ_AT_ONCE, _READ_BUFFER = 1024, 1 << 20  # rows of a Parquet file, bytes of each of its columns
+_UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)  # text that is no UTF-8, years after 9999
 
 
 def file_format(path):
@@ -139,10 +142,7 @@ def read_file(path):
     kind, packed = file_format(path)
     with _reading_errors(path):
         if kind == "parquet":
-            with pq.ParquetFile(path) as file:
-                batches = file.iter_batches(batch_size=_READ_AT_ONCE)
-                for number, record in enumerate(itertools.chain.from_iterable(map(pa.RecordBatch.to_pylist, batches))):
-                    yield f"{path} row {number}", record
+            yield from _parquet_rows(path)
             return
         with _OPENERS.get(packed, lambda path: open(path, "rb"))(path) as stream:
             yield from (_json_lines if kind == "jsonl" else _csv_rows)(path, stream)
@@ -153,12 +153,44 @@ def _reading_errors(path):
     """Turn what goes wrong in reading a file into a UserError that names it."""
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged, cut short or not what its name says ({error}); make it anew") from error
-    except OSError as error:
-        reason = error.strerror or error
-        advice = "; zstd --long archives must be unpacked first" if str(path).endswith(".zst") else ""
-        raise UserError(f"{path}: cannot read it ({reason}){advice}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot read it ({reason}); make it readable, or name another --input") from error
+        advice = ", or unpack it first if it was packed with zstd --long" if str(path).endswith(".zst") else ""
+        raise UserError(
+            f"{path}: damaged, cut short or not what its name says ({error}); make it anew{advice}"
+        ) from error
+
+
+def _parquet_rows(path):
+    # Without these options Arrow reads the columns of a whole row group, often the whole file, into memory at once.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BUFFER) as file:
+        _refuse_twice(file.schema_arrow.names, path)
+        number = 0
+        for batch in file.iter_batches(batch_size=_READ_AT_ONCE):
+            try:
+                records = batch.to_pylist()
+            except _UNREADABLE as error:
+                raise _unreadable(path, batch, number) from error
+            for record in records:
+                yield f"{path} row {number}", record
+                number += 1
+
+
+def _unreadable(path, batch, start):
+    """Return the UserError for the first value of `batch`, from row `start` on, that Python cannot hold."""
+    for row, name in itertools.product(range(batch.num_rows), batch.schema.names):
+        try:
+            batch[name][row].as_py()
+        except _UNREADABLE as error:
+            return UserError(f"{path} row {start + row}: the value of {name!r} cannot be read ({error}); correct it")
+    return UserError(f"{path}: rows {start} to {start + batch.num_rows - 1} cannot be read; correct them")
+
+
+def _refuse_twice(columns, path):
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{path}: the column {twice[0]!r} stands twice in it; rename one")
 
 
 def _json_lines(path, stream):
@@ -181,15 +213,19 @@ def _csv_rows(path, stream):
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that are usual
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, strict=True)
-    columns, line = None, 1
+    columns, line, blank = None, 1, []
     try:
         for values in reader:
             if columns is None:
-                columns = values
-                if len(set(columns)) < len(columns):
-                    twice = next(name for name in columns if columns.count(name) > 1)
-                    raise UserError(f"{path}: the column {twice!r} stands twice in its first line; rename one")
-            elif values:
+                if values:
+                    columns = _csv_header(path, values)
+            elif not values:
+                blank.append(line)
+            else:
+                if len(columns) == 1:  # where a blank line is a row with an empty value, unless the file ends there
+                    for number in blank:
+                        yield f"{path} line {number}", {columns[0]: ""}
+                blank.clear()
                 if len(values) != len(columns):
                     raise UserError(
                         f"{path} line {line}: has {len(values)} values for {len(columns)} columns; a value with a "
@@ -201,6 +237,16 @@ def _csv_rows(path, stream):
         raise UserError(f"{path} line {line}: not CSV ({error}); correct it there") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} after line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _csv_header(path, columns):
+    """Return the columns' names, once they look like those of a CSV file with commas."""
+    if columns[0].lstrip().startswith("{"):
+        raise UserError(f"{path}: holds JSON lines; give it a name that ends in .jsonl")
+    if len(columns) == 1 and (found := [name for mark, name in _SEPARATORS.items() if mark in columns[0]]):
+        raise UserError(f"{path}: its values are separated by {found[0]}; save it with commas")
+    _refuse_twice(columns, path)
+    return columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------

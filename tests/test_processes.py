@@ -1,0 +1,233 @@
+"""train.py and evaluate.py in several processes on a CPU, started by accelerate launch: the same results as in one."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, write_json_lines
+from safetensors.torch import load_file
+
+import cross_validate
+import evaluate
+import train
+
+# Without a GPU, --multi_gpu has accelerate start several processes all the same; --cpu starts one where there is no MPI.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+# 27 rows in batches of 5, two batches a step: of 2 processes one gets more rows, and of the last batch of 2 rows, 3 get
+# no more than one.
+TRAIN = [
+    "--base_model_name",
+    "tiny-llama",
+    "--task",
+    "sst2",
+    "--dataset_name",
+    "films.jsonl",
+    "--max_seq_length",
+    "128",
+]
+TRAIN += ["--epoch", "2", "--train_batch_size", "5", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2"]
+TRAIN += ["--save_steps", "2"]
+KEPT = {"adapter_model.safetensors", "history.csv", "training_curves.png", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base, tmp_path_factory):
+    """A folder with a base model and a labelled file of 34 rows, 27 of them to train on."""
+    folder = tmp_path_factory.mktemp("processes")
+    shutil.copytree(tiny_base, folder / "tiny-llama")
+    words = ("fine", "positive"), ("dull", "negative"), ("warm", "positive"), ("grim", "negative")
+    records = [
+        {"sentence": f"a {word} film , number {number} of its kind", "label_text": label}
+        for number in range(9)
+        for word, label in words
+    ]
+    write_json_lines(folder / "films.jsonl", records[:34])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def launch(processes, program, *options, **environment):
+    """Start `program` in several processes; what they print goes to output.txt."""
+    command = [*LAUNCH, str(processes), REPOSITORY / program, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"} | environment
+    with open("output.txt", "w") as output:
+        return subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def finished(process):
+    """Return (exit code, what was printed, without the launcher's own report) of a process that was started so."""
+    code = process.wait(timeout=240)
+    return code, Path("output.txt").read_text().split("ChildFailedError")[0]
+
+
+def run(processes, program, *options):
+    code, printed = finished(launch(processes, program, *options))
+    assert code == 0, printed
+    return printed
+
+
+def weights(name):
+    return load_file(f"models/{name}/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """{number of processes: what was printed}; adapters one, two and three, trained without dropout."""
+    printed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert train.main([*TRAIN, "--lora_dropout", "0", "--adapters_name", "one"]) == 0
+        for number, name in ((2, "two"), (3, "three")):
+            printed[number] = run(number, "train.py", *TRAIN, "--lora_dropout", "0", "--adapters_name", name)
+    return printed
+
+
+@pytest.mark.parametrize("name", ["two", "three"])
+def test_training_in_several_processes_gives_the_adapter_of_one(trained, name):
+    alone, together = weights("one"), weights(name)
+    assert alone.keys() == together.keys()
+    change = max(weight.abs().max() for key, weight in alone.items() if "lora_B" in key)  # B starts as zeros
+    for key, weight in alone.items():
+        torch.testing.assert_close(together[key], weight, rtol=0, atol=0.002 * float(change))
+    one, several = (pd.read_csv(f"models/{folder}/history.csv") for folder in ("one", name))
+    pd.testing.assert_frame_equal(several, one, rtol=1e-3)
+    assert several["step"].tolist() == [3, 6]
+
+
+def test_the_first_process_alone_prints_and_writes(trained):
+    assert {path.name for path in Path("models/two").iterdir()} == {path.name for path in Path("models/one").iterdir()}
+    assert {path.name for path in Path("models/two/checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert not Path("models/two/checkpoints/run.json").exists()
+    assert {path.name for path in Path().iterdir()} == {"films.jsonl", "models", "output.txt", "tiny-llama"}
+    assert trained[2].count("train: 27 rows, 0 cut") == trained[2].count("Adapter (after step 6 of 6)") == 1
+    run_json = json.loads(Path("models/two/run.json").read_text())
+    assert run_json["processes"] == 2
+
+
+def test_evaluating_in_several_processes_gives_the_numbers_of_one(trained):
+    options = ["--adapters_name", "one", "--batch_size", "3", "--baselines"]
+    assert evaluate.main(options) == 0
+    shutil.move("models/one/evaluation", "alone")
+    printed = run(2, "evaluate.py", *options)
+    assert printed.count("In square brackets") == 1
+    for decoding in ("sample", "labels"):
+        for file in ("predictions.csv", "metrics.json", "confusion_matrix.png"):
+            assert filecmp.cmp(f"alone/{decoding}/{file}", f"models/one/evaluation/{decoding}/{file}", shallow=False)
+    assert len(pd.read_csv("models/one/evaluation/labels/predictions.csv")) == 34
+    shutil.rmtree("alone")
+
+
+def test_a_killed_run_of_several_processes_can_be_resumed(trained):
+    """With dropout, of which every process has its own random state."""
+    run(2, "train.py", *TRAIN, "--adapters_name", "whole")
+    assert (
+        weights("whole")["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+        .ne(weights("two")["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"])
+        .any()
+    )
+    process = launch(2, "train.py", *TRAIN, "--adapters_name", "cut")
+    contents = Path("models/cut/checkpoints/checkpoint-2/contents.json")
+    while not contents.exists():
+        assert process.poll() is None, Path("output.txt").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for child in psutil.process_iter(["cmdline"]):  # those that the launcher had put into sessions of their own
+        if "cut" in (child.info["cmdline"] or []):
+            child.kill()
+            child.wait(30)
+    assert not Path("models/cut/run.json").exists()
+    printed = run(2, "train.py", *TRAIN, "--adapters_name", "cut", "--resume")
+    assert printed.count("Resuming from models/cut/checkpoints/checkpoint-") == 1
+    for name in KEPT - {"README.md"}:
+        assert filecmp.cmp(f"models/cut/{name}", f"models/whole/{name}", shallow=False), name
+
+
+def test_a_run_of_several_processes_goes_on_in_one(trained):
+    """Without dropout, whose random states are those of the processes."""
+    shutil.copytree("models/two", "models/fewer")
+    run_json = json.loads(Path("models/fewer/run.json").read_text())
+    Path("models/fewer/checkpoints/run.json").write_text(json.dumps(run_json))
+    shutil.rmtree("models/fewer/checkpoints/checkpoint-6")
+    assert train.main([*TRAIN, "--lora_dropout", "0", "--adapters_name", "fewer", "--resume"]) == 0
+    whole = weights("two")
+    for key, weight in weights("fewer").items():
+        torch.testing.assert_close(weight, whole[key], rtol=0, atol=1e-4)
+
+
+def test_an_error_is_said_once_and_nothing_is_written(trained):
+    Path("models/taken").mkdir()
+    write_json_lines(Path("models/taken/a.jsonl"), [{}])
+    code, printed = finished(launch(2, "train.py", *TRAIN, "--adapters_name", "taken"))
+    assert code != 0
+    assert printed.count("error: ") == 1 and "Traceback (most recent call last):\n" not in printed.split("error: ")[0]
+    assert "train.py: error: models/taken: exists; pass --overwrite to replace it" in printed
+    assert [path.name for path in Path("models/taken").iterdir()] == ["a.jsonl"]
+    code, printed = finished(launch(2, "evaluate.py", "--adapters_name", "one", "--batch_size", "0"))
+    assert code != 0 and printed.count("error: ") == 1
+    assert "evaluate.py: error: argument --batch_size: must be 1 or more, not 0" in printed
+
+
+STUMBLE = """
+import os, sys
+import torch
+import processes, shared_prefix, train
+score, calls = shared_prefix.LabelScorer.score, []
+def stumble(scorer, prompts):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > 2:
+        {what}
+    return score(scorer, prompts)
+shared_prefix.LabelScorer.score = stumble
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", "train.py: error: out of memory: a batch has 5 rows"),
+        ("os._exit(1)", "train.py: error: another process of this run has ended, so this one cannot go on"),
+    ],
+)
+def test_the_trouble_of_one_process_ends_all_and_the_run_can_go_on(trained, what, said):
+    shutil.rmtree("models/stumbled", ignore_errors=True)
+    Path("stumble.py").write_text(STUMBLE.format(what=what))
+    options = [*TRAIN, "--lora_dropout", "0", "--adapters_name", "stumbled"]
+    process = launch(2, Path("stumble.py").resolve(), *options, PYTHONPATH=str(REPOSITORY))
+    code, printed = finished(process)
+    Path("stumble.py").unlink()
+    assert code != 0
+    assert printed.count("error: ") == 1 and said in printed, printed
+    kept = re.search(r"kept: models/stumbled/checkpoints/checkpoint-(\d); to go on: (.*) train.py (.*)\n", printed)
+    assert kept[2] == "accelerate launch --num_processes 2" and kept[3].endswith("--adapters_name stumbled --resume")
+    run(2, "train.py", *kept[3].split())
+    for key, weight in weights("stumbled").items():
+        torch.testing.assert_close(weight, weights("two")[key], rtol=0, atol=1e-4)
+
+
+def test_cross_validation_refuses_several_processes(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--base_model_name", "tiny-llama", "--task", "sst2", "--dataset_name", "films.jsonl"]
+    line = refused(cross_validate.main, *options)
+    assert (
+        line
+        == "cross_validate.py: error: cross_validate.py: runs in one process; start it with: python cross_validate.py"
+    )
