@@ -34,7 +34,7 @@ def joined():
 def refuse_several(program):
     """Raise UserError where a launcher has started several processes of a `program` that is made for one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"{program}: runs in one process; start it with: python {program}")
+        raise UserError(f"runs in one process, not in several; start it with: python {program}")
 
 
 def count():

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import cross_validate
 import evaluate
 import train
 
-# Without a GPU, --multi_gpu has accelerate start several processes all the same; --cpu starts one where there is no MPI.
+# --multi_gpu has accelerate start several processes, without a GPU, too; --cpu starts one where there is no MPI.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
 # 27 rows in batches of 5, two batches a step: of 2 processes one gets more rows, and of the last batch of 2 rows, 3 get
 # no more than one.
@@ -61,11 +62,11 @@ def there(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def launch(processes, program, *options, **environment):
-    """Start `program` in several processes; what they print goes to output.txt."""
-    command = [*LAUNCH, str(processes), REPOSITORY / program, *options]
+def launch(processes, program, *options, launcher=(), output="output.txt", **environment):
+    """Start `program` in several processes; what they print goes to the file `output`."""
+    command = [*LAUNCH, str(processes), *launcher, REPOSITORY / program, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "error"} | environment
-    with open("output.txt", "w") as output:
+    with open(output, "w") as output:
         return subprocess.Popen(
             list(map(str, command)), env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -121,17 +122,29 @@ def test_the_first_process_alone_prints_and_writes(trained):
     assert run_json["processes"] == 2
 
 
-def test_evaluating_in_several_processes_gives_the_numbers_of_one(trained):
+def test_evaluating_on_several_hosts_gives_the_numbers_of_one_process(trained):
+    """Two launchers with a process each stand for two hosts with one file system."""
     options = ["--adapters_name", "one", "--batch_size", "3", "--baselines"]
     assert evaluate.main(options) == 0
     shutil.move("models/one/evaluation", "alone")
-    printed = run(2, "evaluate.py", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        hosts = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    first, second = (
+        launch(2, "evaluate.py", *options, launcher=[*hosts, "--machine_rank", rank], output=f"output{rank}.txt")
+        for rank in (0, 1)
+    )
+    assert first.wait(240) == second.wait(240) == 0, Path("output0.txt").read_text()
+    assert "evaluated" not in Path("output1.txt").read_text().lower()
+    printed = Path("output0.txt").read_text()
     assert printed.count("In square brackets") == 1
     for decoding in ("sample", "labels"):
         for file in ("predictions.csv", "metrics.json", "confusion_matrix.png"):
             assert filecmp.cmp(f"alone/{decoding}/{file}", f"models/one/evaluation/{decoding}/{file}", shallow=False)
     assert len(pd.read_csv("models/one/evaluation/labels/predictions.csv")) == 34
     shutil.rmtree("alone")
+    Path("output0.txt").unlink()
+    Path("output1.txt").unlink()
 
 
 def test_a_killed_run_of_several_processes_can_be_resumed(trained):
@@ -154,6 +167,9 @@ def test_a_killed_run_of_several_processes_can_be_resumed(trained):
             child.kill()
             child.wait(30)
     assert not Path("models/cut/run.json").exists()
+    states = load_file("models/whole/checkpoints/checkpoint-6/random_states.safetensors")
+    seeds = [torch.Generator().set_state(states[f"cpu {number}"]).initial_seed() for number in (0, 1)]
+    assert len(states) == 2 and seeds == [42, 43]
     printed = run(2, "train.py", *TRAIN, "--adapters_name", "cut", "--resume")
     assert printed.count("Resuming from models/cut/checkpoints/checkpoint-") == 1
     for name in KEPT - {"README.md"}:
@@ -227,7 +243,4 @@ def test_cross_validation_refuses_several_processes(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = ["--base_model_name", "tiny-llama", "--task", "sst2", "--dataset_name", "films.jsonl"]
     line = refused(cross_validate.main, *options)
-    assert (
-        line
-        == "cross_validate.py: error: cross_validate.py: runs in one process; start it with: python cross_validate.py"
-    )
+    assert line.endswith("error: runs in one process, not in several; start it with: python cross_validate.py")
