@@ -313,4 +313,5 @@ def check_same(before, now, free):
         )
     for name in ("device", "processes", "compute_dtype", "versions"):
         if name in before and before[name] != now[name]:
-            print(f"Note: {name} was {before[name]} and is {now[name]}: results may differ in their last digits")
+            effect = "dropout draws other numbers" if name == "processes" else "results may differ in their last digits"
+            print(f"Note: {name} was {before[name]} and is {now[name]}: {effect}")

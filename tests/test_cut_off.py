@@ -382,17 +382,21 @@ def refused_line(main, options):
     return printed.getvalue().splitlines()[-1]
 
 
-def test_weights_that_become_nan_late_stop_there_and_keep_the_checkpoints(half_done, options, monkeypatch):
-    step = train.AnswerLossTrainer.training_step
-    steps = []
+def in_fifth_step(monkeypatch, happen):
+    """Have `happen(trainer)` called in the fifth training step from now on."""
+    step, steps = train.AnswerLossTrainer.training_step, []
 
-    def spoiled(trainer, *args):
+    def counted(trainer, *args):
         steps.append(args)
         if len(steps) == 5:
-            trainer.trained[0].data[0, 0] = float("nan")
+            happen(trainer)
         return step(trainer, *args)
 
-    monkeypatch.setattr(train.AnswerLossTrainer, "training_step", spoiled)
+    monkeypatch.setattr(train.AnswerLossTrainer, "training_step", counted)
+
+
+def test_weights_that_become_nan_late_stop_there_and_keep_the_checkpoints(half_done, options, monkeypatch):
+    in_fifth_step(monkeypatch, lambda trainer: trainer.trained[0].data[0, 0].fill_(float("nan")))
     shutil.rmtree("models")
     assert "step 5: the loss became NaN" in refused_line(train.main, options)
     assert [path.name for path in half_done.glob("checkpoints/checkpoint-*")] == ["checkpoint-3"]
@@ -400,16 +404,7 @@ def test_weights_that_become_nan_late_stop_there_and_keep_the_checkpoints(half_d
 
 
 def test_full_memory_in_a_later_epoch_keeps_the_checkpoints_and_says_how_to_go_on(half_done, options, monkeypatch):
-    step = train.AnswerLossTrainer.training_step
-    steps = []
-
-    def hungry(trainer, *args):
-        steps.append(args)
-        if len(steps) == 5:
-            torch.empty(2**45)  # 140 TB
-        return step(trainer, *args)
-
-    monkeypatch.setattr(train.AnswerLossTrainer, "training_step", hungry)
+    in_fifth_step(monkeypatch, lambda trainer: torch.empty(2**45))  # 140 TB
     shutil.rmtree("models")
     line = refused_line(train.main, options)
     assert "out of memory: a batch has 4 rows of up to 512 tokens; pass --gradient_checkpointing" in line
