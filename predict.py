@@ -36,7 +36,7 @@ from prompts import answer_ids, common_ids, prompt_budget, prompts_ids, read_pub
 from reports import draw_label_counts, group_table
 from rows import SENTENCE_COLUMNS
 from shared_prefix import LabelScorer, not_finite
-from table_files import SPLIT, Source, check_format, write_table
+from table_files import SPLIT, ColumnTypes, Source, check_format, piece_ending, write_table
 from unfinished import Unfinished, check_same
 
 CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a batch; beyond, the mask of all pairs costs more than a larger batch saves
@@ -136,9 +136,10 @@ def check_columns(columns, added, by, source):
 
 
 def scan(source, args, added):
-    """Return (the column of the texts, number of rows or None) of `source`, with all of its rows looked at once.
+    """Return (the column of the texts, number of rows, Arrow schema) of `source`, with all of its rows looked at once.
 
-    Those of a Hub data set are not: that would download it twice. Raises UserError for what cannot be used.
+    Those of a Hub data set are not: that would download it twice. The number is then None, as is the schema where the
+    output is not Parquet. Raises UserError for what cannot be used.
     """
     first = next(source.rows(), None)
     if first is None:
@@ -146,14 +147,24 @@ def scan(source, args, added):
     text_column = find_text_column(first[1], args.text_column, source.name)
     if source.revision is not None:
         check_columns(first[1], added, args.by, source.name)
-        return text_column, None
+        return text_column, None, None
+    types = ColumnTypes() if piece_ending(args.output) == ".parquet" else None
+    if types and source.is_parquet():
+        for file in source.files:
+            types.add_file(file)
     columns, rows = {}, 0
-    for place, record in source.rows():
-        sentence_of(place, record, text_column, args.strict)
-        columns |= dict.fromkeys(record)
-        rows += 1
+    for window in windows(source.rows(), args.window):
+        for place, record in window:
+            sentence_of(place, record, text_column, args.strict)
+            columns |= dict.fromkeys(record)
+        rows += len(window)
+        if types and not source.is_parquet():
+            types.add(window)
     check_columns(columns, added, args.by, source.name)
-    return text_column, rows
+    if types and types.widened:
+        for window in windows(source.rows(), args.window):
+            types.check(window)
+    return text_column, rows, types and types.schema()
 
 
 def sentence_of(place, record, text_column, strict):
@@ -183,11 +194,11 @@ def bad_row(place, reason):
 
 
 def make_plan(args, source, task, fingerprint, unfinished, added):
-    """Return a dict of text_column, rows (or None), settings, before (those of the run that goes on) and finished.
+    """Return a dict of text_column, rows and schema (or None), settings, before (of the run that goes on), finished.
 
     Raises UserError where the run cannot be, or could not give what the one to go on with would have given.
     """
-    text_column, rows = scan(source, args, added)
+    text_column, rows, schema = scan(source, args, added)
     settings = {
         "adapters_name": {"value": args.adapters_name, "sha256": fingerprint},
         "input": {"value": source.name, "sha256": source.fingerprint()},
@@ -209,7 +220,8 @@ def make_plan(args, source, task, fingerprint, unfinished, added):
         for name in ("device", "versions"):
             if before.get(name) != settings[name]:
                 print(f"Note: {name} was {before.get(name)} and is {settings[name]}: last digits may differ")
-    return {"text_column": text_column, "rows": rows, "settings": settings, "before": before, "finished": finished}
+    plan = {"text_column": text_column, "rows": rows, "schema": schema}
+    return plan | {"settings": settings, "before": before, "finished": finished}
 
 
 def check_places(source, output):
@@ -361,11 +373,10 @@ def predict(args, labeller, source, plan, unfinished, added):
     rows = plan["rows"]
     first = processes.on_first(lambda: len(unfinished.pieces()))
     skipped = first * args.window if rows is None else min(rows, first * args.window)
-    schema = source.schema()
     with tqdm(total=rows, initial=skipped, unit="row", desc="predict", disable=not processes.is_first()) as bar:
         for place, window in enumerate(windows(source.rows(skipped), args.window), start=first):
             records = label_window(labeller, window, args, plan["text_column"], bar)
-            processes.on_first(unfinished.add, place, records, schema, added)
+            processes.on_first(unfinished.add, place, records, plan["schema"], added)
 
 
 def windows_kept(unfinished):
