@@ -34,6 +34,7 @@ from command_line import UserError, hub_errors
 from rows import looks_local, read_object
 
 SPLIT = "train"  # that is read of a Hub data set
+CHANGED = "has changed while it was read; go on with --resume once it is what it was, or start anew with --overwrite"
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _OPENERS = {
     ".gz": gzip.open,
@@ -74,18 +75,25 @@ def check_format(option, path):
 
 
 class Source:
-    """The rows of a file, of all files of a folder that can be read, by name, or of a split of a Hub data set."""
+    """The rows of a file, of all files of a folder that can be read, by name, or of a split of a Hub data set.
+
+    `left_out` lists what is not read of a folder, but for hidden files.
+    """
 
     def __init__(self, name, split=None):
         self.name, self.split, self.files, self.revision = str(name), split or SPLIT, [], None
+        self.left_out, self._seen = [], {}
         path = Path(name)
         if path.is_dir():
-            self.files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-            self.files = [file for file in self.files if file_format(file)]
+            found = sorted(file for file in path.iterdir() if file.name[0] != ".")
+            self.files = [file for file in found if file.is_file() and file_format(file)]
+            self.left_out = [file.name + "/" * file.is_dir() for file in found if file not in self.files]
             if not self.files:
                 raise UserError(f"--input {name}: has no file in a known format; known are {_KNOWN}")
         elif path.exists():
             check_format("--input", path)
+            if not path.is_file():
+                raise UserError(f"--input {name}: is a pipe or a device, which is read once; save its rows to a file")
             self.files = [path]
         elif looks_local(self.name) or file_format(path):
             raise UserError(f"--input {name}: no such file or folder")
@@ -112,6 +120,20 @@ class Source:
         """Return whether all files are Parquet, which says the types of its columns."""
         return bool(self.files) and all(file_format(file)[0] == "parquet" for file in self.files)
 
+    def size(self):
+        """Return the number of bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def remember(self):
+        """Take note of the files' sizes and times, for `check_unchanged`."""
+        self._seen = {file: _state(file) for file in self.files}
+
+    def check_unchanged(self):
+        """Raise UserError where a file is no longer what it was when `remember` was called."""
+        for file, seen in self._seen.items():
+            if _state(file) != seen:
+                raise UserError(f"{file}: {CHANGED}")
+
     def fingerprint(self):
         """Return a SHA-256 over the files' names and contents, or the commit of a Hub data set and the split."""
         if self.revision is not None:
@@ -121,6 +143,14 @@ class Source:
             with _reading_errors(file), open(file, "rb") as stream:
                 digests.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _state(file):
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -267,6 +297,10 @@ class ColumnTypes:
         with _reading_errors(path):
             schema = pq.read_schema(path)
         _refuse_twice(schema.names, path)
+        self.add_schema(schema, path)
+
+    def add_schema(self, schema, path):
+        """Take in the columns of a schema, the one of `path`."""
         for field in schema:
             try:
                 self._add(field.name, field.type)
@@ -445,17 +479,15 @@ def write_table(path, output, pieces, last, read=lambda record: None):
         return
     with _packed_stream(path, packed) as stream:
         if kind == "jsonl":
-            for piece in pieces:
-                with open(piece, "rb") as file:
-                    for line in file:
-                        read(json.loads(line))
-                        stream.write(line)
+            for line, record in _records(pieces):
+                read(record)
+                stream.write(line)
             return
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        columns = _ordered((name for record in _records(pieces) for name in record), last)
+        columns = _ordered((name for _, record in _records(pieces) for name in record), last)
         writer = csv.writer(text)
         writer.writerow(columns)
-        for record in _records(pieces):
+        for _, record in _records(pieces):
             read(record)
             writer.writerow([_cell(record.get(name)) for name in columns])
         text.detach()
@@ -466,10 +498,22 @@ def _ordered(names, last):
     return [*(name for name in names if name not in last), *last]
 
 
+@contextlib.contextmanager
+def _piece_errors(piece):
+    """Turn what a damaged piece brings about into a UserError that names it."""
+    try:
+        yield
+    except (ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{piece}: damaged ({reason}); start anew with --overwrite") from error
+
+
 def _records(pieces):
+    """Yield (line, record) of JSON-lines pieces."""
     for piece in pieces:
-        with open(piece, "rb") as file:
-            yield from map(json.loads, file)
+        with _piece_errors(piece), open(piece, "rb") as file:
+            for line in file:
+                yield line, json.loads(line)
 
 
 def _cell(value):
@@ -482,11 +526,14 @@ def _cell(value):
 def _write_parquet(path, output, pieces, last, read):
     types = ColumnTypes()
     for piece in pieces:
-        types.add_file(piece)
+        with _piece_errors(piece):
+            piece_schema = pq.read_schema(piece)
+        types.add_schema(piece_schema, output)
     schema = pa.schema([(name, types.types[name]) for name in _ordered(types.types, last) if name in types.types])
     with _parquet_errors(output), pq.ParquetWriter(path, schema) as writer:
         for piece in pieces:
-            table = pq.read_table(piece)
+            with _piece_errors(piece):
+                table = pq.read_table(piece)
             for record in table.to_pylist():
                 read(record)
             whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
