@@ -160,13 +160,13 @@ def scan(source, args, added):
     if source.revision is not None:
         check_columns(first[1], added, args.by, source.name)
         return text_column, None, None
+    if source.size() > LARGE:
+        say(f"Checking {source.name}")
+    source.remember()
     types = ColumnTypes() if piece_ending(args.output) == ".parquet" else None
     if types and source.is_parquet():
         for file in source.files:
             types.add_file(file)
-    if source.size() > LARGE:
-        say(f"Checking {source.name}")
-    source.remember()
     columns, rows = {}, 0
     for window in windows(source.rows(), args.window):
         for place, record in window:

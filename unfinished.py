@@ -63,9 +63,7 @@ class Unfinished:
         if (file := self.folder / "settings.json").exists():
             return _read(file), False
         if self.summary.exists() and self.output.exists():
-            found = _read(self.summary, "settings")
-            if found["output"] == self.output.name:
-                return found, True
+            return _read(self.summary, "settings"), True
         return None, False
 
     @contextlib.contextmanager
