@@ -1,7 +1,7 @@
 """The one place where predictions become numbers. Training, evaluation and reports all call it."""
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 INVALID = -1  # the class index of an output that is no label
 CALIBRATION_BINS = 10
 GROUPS_SHOWN = 20  # of a column; what is rarer is counted together
+NO_GROUP = "(none)"  # the group of rows without a value
 RESAMPLES = 10_000  # the ends of an interval then move by about 0.002 from one seed to another
 DRAWN_ALONE = 2000  # rows at most, of which each is drawn on its own
 BOOTSTRAP_SEED = 42  # not --seed: the same predictions give the same interval
@@ -267,21 +268,25 @@ class LabelTally:
     """Counts rows as they are predicted: all of them, and by the groups of the columns `by`."""
 
     def __init__(self, labels, by=()):
-        self.labels, self.by = labels, by
-        self.all, self.reasons = _Counts(), Counter()
-        self.mean = dict.fromkeys(labels, 0.0)
-        self.groups = {column: defaultdict(_Counts) for column in by}
+        self.labels, self.reasons = labels, Counter()
+        self.place = {label: place for place, label in enumerate((*labels, None))}
+        self.all, self.mean = _Counts(len(labels)), dict.fromkeys(labels, 0.0)
+        self.groups = {column: {} for column in by}
 
     def add(self, record):
         """Count a row: a dict with `prediction` (a label or None), `probability`, `reason` and the columns `by`."""
         label, probability = record["prediction"], record["probability"]
-        self.all.add(label, probability)
+        place = self.place[label]
+        self.all.add(place, probability)
         if label is None:
             self.reasons[record["reason"]] += 1
         else:
             self.mean[label] += probability
-        for column in self.by:
-            self.groups[column][_group(record.get(column))].add(label, probability)
+        for column, groups in self.groups.items():
+            group = _group(record.get(column))
+            if group not in groups:
+                groups[group] = _Counts(len(self.labels))
+            groups[group].add(place, probability)
 
     def summary(self):
         """Return a dict of rows, labelled, mean_probability, labels, unlabelled and by.
@@ -290,67 +295,87 @@ class LabelTally:
         unlabelled counts the reasons; by has a list for every column: of the most frequent groups and the rest as one,
         each with group, rows, labels (rows each), unlabelled and mean_probability. Numbers that are 0/0 are None.
         """
+        total = self.all.numbers(self.labels)
+        labelled = total["rows"] - total["unlabelled"]
         return {
-            "rows": self.all.rows,
-            "labelled": self.all.labelled,
-            "mean_probability": self.all.mean_probability(),
+            "rows": total["rows"],
+            "labelled": labelled,
+            "mean_probability": total["mean_probability"],
             "labels": {
                 label: {
                     "rows": rows,
-                    "share": rows / self.all.labelled if rows else 0.0,
+                    "share": rows / labelled if rows else 0.0,
                     "mean_probability": self.mean[label] / rows if rows else None,
                 }
-                for label in self.labels
-                for rows in [self.all.labels[label]]
+                for label, rows in total["labels"].items()
             },
             "unlabelled": dict(self.reasons.most_common()),
             "by": {column: self._most_frequent(groups) for column, groups in self.groups.items()},
         }
 
     def _most_frequent(self, groups):
-        ordered = sorted(groups, key=lambda group: (-groups[group].rows, group))
+        ordered = sorted(groups, key=lambda group: (-groups[group].rows(), group))
         kept, rest = ordered[:GROUPS_SHOWN], ordered[GROUPS_SHOWN:]
-        if all(group[:1].isdigit() for group in kept):  # months and years in their own order
-            kept.sort()
-        lines = [{"group": group, **groups[group].numbers(self.labels)} for group in kept]
+        lines = [{"group": group, **groups[group].numbers(self.labels)} for group in _in_own_order(kept)]
         if rest:
-            other = sum((groups[group] for group in rest), start=_Counts())
+            other = _Counts(len(self.labels))
+            for group in rest:
+                other.add_all(groups[group])
             lines.append({"group": f"other ({len(rest)} groups)", **other.numbers(self.labels)})
         return lines
 
 
 class _Counts:
-    """Rows, rows of each label, and the sum of the labelled rows' probabilities."""
+    """Rows of each label and without one, and the sum of the labelled rows' probabilities; there may be millions."""
 
-    def __init__(self):
-        self.rows, self.labelled, self.probability, self.labels = 0, 0, 0.0, Counter()
+    __slots__ = ("counts", "probability")
 
-    def add(self, label, probability):
-        self.rows += 1
-        if label is not None:
-            self.labelled += 1
+    def __init__(self, labels):
+        self.counts, self.probability = [0] * (labels + 1), 0.0
+
+    def add(self, place, probability):
+        self.counts[place] += 1
+        if place < len(self.counts) - 1:
             self.probability += probability
-            self.labels[label] += 1
 
-    def __add__(self, other):
-        both = _Counts()
-        for name in ("rows", "labelled", "probability", "labels"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
+    def add_all(self, other):
+        self.counts = [one + more for one, more in zip(self.counts, other.counts, strict=True)]
+        self.probability += other.probability
+
+    def rows(self):
+        return sum(self.counts)
 
     def numbers(self, labels):
+        *of_labels, unlabelled = self.counts
+        labelled = sum(of_labels)
         return {
-            "rows": self.rows,
-            "labels": {label: self.labels[label] for label in labels},
-            "unlabelled": self.rows - self.labelled,
-            "mean_probability": self.mean_probability(),
+            "rows": labelled + unlabelled,
+            "labels": dict(zip(labels, of_labels, strict=True)),
+            "unlabelled": unlabelled,
+            "mean_probability": self.probability / labelled if labelled else None,
         }
-
-    def mean_probability(self):
-        return self.probability / self.labelled if self.labelled else None
 
 
 def _group(value):
     if value is None or value == "":
-        return "(none)"
+        return NO_GROUP
     return value if isinstance(value, str) else str(value)
+
+
+def _in_own_order(groups):
+    """Return numbers, months and years in their own order, with rows that have none last; all else as it is."""
+    own = [group for group in groups if group != NO_GROUP]
+    if all(_is_number(group) for group in own):
+        own.sort(key=lambda group: (float(group), group))
+    elif all(group[:1].isdigit() for group in own):
+        own.sort()
+    else:
+        return groups
+    return own + [NO_GROUP] * (NO_GROUP in groups)
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

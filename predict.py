@@ -10,12 +10,14 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 import adapters
@@ -24,6 +26,7 @@ import processes
 from checkpoints import held, read_run
 from command_line import (
     CommandParser,
+    CutOff,
     UserError,
     not_empty,
     number,
@@ -33,16 +36,17 @@ from command_line import (
 )
 from metrics import LabelTally, label_probabilities, predicted_labels
 from prompts import answer_ids, common_ids, prompt_budget, prompts_ids, read_published_text, task_from_fields
-from reports import draw_label_counts, group_table
-from rows import SENTENCE_COLUMNS
+from reports import draw_label_counts, group_table, printable
+from rows import SENTENCE_COLUMNS, first_ten
 from shared_prefix import LabelScorer, not_finite
-from table_files import SPLIT, Source, check_format, write_table
+from table_files import CHANGED, SPLIT, ColumnTypes, Source, check_format, piece_ending, write_table
 from unfinished import Unfinished, check_same
 
 CPU_TOKENS, GPU_TOKENS = 1024, 4096  # a batch; beyond, the mask of all pairs costs more than a larger batch saves
 EMPTY, NO_TEXT, TOO_LONG, UNSURE = "empty", "not text", "longer than max_seq_length", "below --min_probability"
 # What may differ when a run goes on: no label depends on it.
 FREE = ("by", "tokens_per_batch", "device", "versions")
+LARGE = 10**8  # bytes of an input that takes a while to look through
 
 
 def build_parser():
@@ -103,6 +107,11 @@ def parse_args(argv):
 # Before anything is scored: what is to be done, and whether it can be
 
 
+def say(text):
+    """Print a line with characters that a terminal would obey as escapes."""
+    print(printable(text))
+
+
 def find_text_column(record, wanted, source):
     """Return the column that holds the texts, by the first row of `source`; raise UserError where that is not clear."""
     listed = ", ".join(record)
@@ -136,24 +145,41 @@ def check_columns(columns, added, by, source):
 
 
 def scan(source, args, added):
-    """Return (the column of the texts, number of rows or None) of `source`, with all of its rows looked at once.
+    """Return (the column of the texts, number of rows, Arrow schema) of `source`, with all of its rows looked at once.
 
-    Those of a Hub data set are not: that would download it twice. Raises UserError for what cannot be used.
+    Those of a Hub data set are not: that would download it twice. The number is then None, as is the schema where the
+    output is not Parquet. Raises UserError for what cannot be used.
     """
     first = next(source.rows(), None)
     if first is None:
         raise UserError(f"--input {args.input}: has no rows")
     text_column = find_text_column(first[1], args.text_column, source.name)
+    say(f"Texts: column {text_column!r}")
+    if source.left_out:
+        say(f"Not read in {source.name}: {first_ten(source.left_out)}")
     if source.revision is not None:
         check_columns(first[1], added, args.by, source.name)
-        return text_column, None
+        return text_column, None, None
+    if source.size() > LARGE:
+        say(f"Checking {source.name}")
+    source.remember()
+    types = ColumnTypes() if piece_ending(args.output) == ".parquet" else None
+    if types and source.is_parquet():
+        for file in source.files:
+            types.add_file(file)
     columns, rows = {}, 0
-    for place, record in source.rows():
-        sentence_of(place, record, text_column, args.strict)
-        columns |= dict.fromkeys(record)
-        rows += 1
+    for window in windows(source.rows(), args.window):
+        for place, record in window:
+            sentence_of(place, record, text_column, args.strict)
+            columns |= dict.fromkeys(record)
+        rows += len(window)
+        if types and not source.is_parquet():
+            types.add(window)
     check_columns(columns, added, args.by, source.name)
-    return text_column, rows
+    if types and types.widened:
+        for window in windows(source.rows(), args.window):
+            types.check(window)
+    return text_column, rows, types and types.schema()
 
 
 def sentence_of(place, record, text_column, strict):
@@ -183,13 +209,17 @@ def bad_row(place, reason):
 
 
 def make_plan(args, source, task, fingerprint, unfinished, added):
-    """Return a dict of text_column, rows (or None), settings, before (those of the run that goes on) and finished.
+    """Return a dict of text_column, rows and schema (or None), settings, before (of the run that goes on), finished.
 
     Raises UserError where the run cannot be, or could not give what the one to go on with would have given.
     """
-    text_column, rows = scan(source, args, added)
+    before, finished = unfinished.settings() if args.resume else (None, False)
+    if args.resume and before is None:
+        say(f"{args.output}: no run that was cut off, so this one starts at the first row")
+    text_column, rows, schema = scan(source, args, added)
     settings = {
         "adapters_name": {"value": args.adapters_name, "sha256": fingerprint},
+        "output": unfinished.output.name,
         "input": {"value": source.name, "sha256": source.fingerprint()},
         "text_column": text_column,
         "probabilities": args.probabilities,
@@ -201,22 +231,25 @@ def make_plan(args, source, task, fingerprint, unfinished, added):
         "device": modeling.device_name(),
         "versions": modeling.library_versions(),
     }
-    before, finished = unfinished.settings() if args.resume else (None, False)
-    if args.resume and before is None:
-        print(f"{args.output}: no run that was cut off, so this one starts at the first row")
     if before is not None:
-        check_same(before, settings, FREE)
+        # Windows that were labelled without --strict may hold rows without a label.
+        check_same(before, settings, (*FREE, "strict") if before.get("strict") else FREE)
+        if finished and (new := [column for column in args.by if column not in before.get("by", [])]):
+            raise UserError(f"--by {new[0]}: {args.output} is finished without such counts; they need --overwrite")
         for name in ("device", "versions"):
             if before.get(name) != settings[name]:
                 print(f"Note: {name} was {before.get(name)} and is {settings[name]}: last digits may differ")
-    return {"text_column": text_column, "rows": rows, "settings": settings, "before": before, "finished": finished}
+    plan = {"text_column": text_column, "rows": rows, "schema": schema}
+    return plan | {"settings": settings, "before": before, "finished": finished}
 
 
-def check_places(source, output):
-    """Raise UserError where the output would be read as input, now or when the command is given again."""
-    for file in source.files:
-        if output.exists() and file.samefile(output):
-            raise UserError(f"--output {output}: is the input; name another file")
+def check_places(source, unfinished):
+    """Raise UserError where what is written would be read as input, now or when the command is given again."""
+    output = unfinished.output
+    for path in (output, unfinished.summary, unfinished.picture):
+        if path.exists() and any(file.samefile(path) for file in source.files):
+            what = "is the input" if path == output else f"{path}, which stands beside it, is the input"
+            raise UserError(f"--output {output}: {what}; name another file")
     if Path(source.name).is_dir() and output.resolve().parent == Path(source.name).resolve():
         raise UserError(f"--output {output}: lies in the folder that is the input; name another place")
 
@@ -225,23 +258,27 @@ def check_places(source, output):
 # Scoring
 
 
+class Unlabelled(CutOff):
+    """What --strict says of a row that is found only when its window is labelled."""
+
+
 class Labeller:
     """Gives sentences the probabilities of the task's labels, in all processes together."""
 
     def __init__(self, model, tokenizer, task, max_seq_length, tokens_per_batch):
         self.tokenizer, self.task, self.tokens_per_batch = tokenizer, task, tokens_per_batch
         self.budget = prompt_budget(tokenizer, task, max_seq_length)
+        self.fewest_tokens = fewest_tokens(tokenizer)
         answers = [answer_ids(tokenizer, label) for label in task.labels]
         self.scorer = LabelScorer(model, common_ids(tokenizer, task), answers)
 
     def encode(self, sentences):
         """Return {sentence: prompt ids, or None where it is too long} of a list of sentences."""
-        distinct = list(dict.fromkeys(sentences))
-        prompts = prompts_ids(self.tokenizer, self.task, distinct) if distinct else []
-        return {
-            sentence: prompt if len(prompt) <= self.budget else None
-            for sentence, prompt in zip(distinct, prompts, strict=True)
-        }
+        encoded = dict.fromkeys(sentences)
+        short = [sentence for sentence in encoded if self.fewest_tokens(sentence) <= self.budget]
+        prompts = prompts_ids(self.tokenizer, self.task, short) if short else []
+        fitting = zip(short, prompts, strict=True)
+        return encoded | {sentence: prompt for sentence, prompt in fitting if len(prompt) <= self.budget}
 
     def score(self, encoded, progress=lambda sentences: None):
         """Return {sentence: float32 array (labels,) of log-probabilities} of `encoded`, {sentence: prompt ids}.
@@ -275,6 +312,61 @@ class Labeller:
         return scores.numpy()
 
 
+def fewest_tokens(tokenizer):
+    """Return a function that says how many tokens a text has at least, without the time and memory of tokenising it.
+
+    That is its bytes by those of the longest token for BPE that knows bytes; 0 for other tokenizers, where one token
+    may stand for an unknown word of any length, or spaces have none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend else {"model": {"type": None}}
+    model = parts["model"]
+    if model["type"] != "BPE":
+        return lambda text: 0
+    normalizers = _steps(parts["normalizer"], "normalizers")
+    splits = _steps(parts["pre_tokenizer"], "pretokenizers")
+    fallback, vocabulary, added = model["byte_fallback"], model["vocab"], parts["added_tokens"]
+    names = [f"<0x{byte:02X}>" for byte in range(256)] if fallback else _byte_characters()
+    dropped = bytes(byte for byte, name in enumerate(names) if name not in vocabulary)  # BPE passes over these
+    certain = (
+        (fallback or any(step["type"] == "ByteLevel" for step in splits))
+        and not (dropped and (fallback or model["unk_token"] or normalizers))
+        and all(step["type"] in ("ByteLevel", "Digits", "Metaspace", "Split") for step in splits)
+        and all(step.get("behavior") != "Removed" for step in splits)
+        and not any(token["lstrip"] or token["rstrip"] for token in added)
+    )
+    longest = max(len(token.encode()) for token in [*vocabulary, *(token["content"] for token in added)])
+    longest *= math.prod(map(_shrinking, normalizers))
+    if not certain or longest == math.inf:
+        return lambda text: 0
+    return lambda text: math.ceil(len(text.encode(errors="replace").translate(None, dropped)) / longest)
+
+
+def _byte_characters():
+    """Return the 256 characters that byte-level BPE has for the bytes: printable ones for themselves."""
+    alphabet = sorted(ByteLevel.alphabet())
+    own = {ord(char): char for char in alphabet if ord(char) < 256}
+    others = iter(alphabet[len(own) :])
+    return [own.get(byte) or next(others) for byte in range(256)]
+
+
+def _steps(part, name):
+    """Return the list of steps of a tokenizer's normalizer or pre-tokenizer, which may be one, several or None."""
+    if part is None:
+        return []
+    return [step for each in part[name] for step in _steps(each, name)] if part["type"] == "Sequence" else [part]
+
+
+def _shrinking(step):
+    """Return how many bytes at most become one in a normalizer's step."""
+    if step["type"] == "Prepend":
+        return 1
+    if step["type"] == "Replace" and "String" in step["pattern"]:
+        return 1 if len(step["content"].encode()) >= len(step["pattern"]["String"].encode()) else math.inf
+    # A composed character stands for up to four, and each is at least one byte and was at most four.
+    return 16 if step["type"] == "NFC" else math.inf
+
+
 def default_tokens_per_batch(model):
     """Return how many tokens a batch may have: a fixed number on a CPU, on a GPU fewer where its memory is short.
 
@@ -295,7 +387,7 @@ def label_window(labeller, window, args, text_column, bar):
     counts = Counter(sentence for _, sentence, reason in read if reason is None)
     encoded = labeller.encode(list(counts))
     if args.strict and (long := [place for place, sentence, _ in read if encoded[sentence] is None]):
-        raise bad_row(long[0], TOO_LONG)
+        raise Unlabelled(str(bad_row(long[0], TOO_LONG)))
     fitting = {sentence: prompt for sentence, prompt in encoded.items() if prompt is not None}
     shown = bar.n
     scores = labeller.score(fitting, lambda scored: bar.update(sum(counts[sentence] for sentence in scored)))
@@ -330,42 +422,61 @@ def windows(rows, size):
 # The end
 
 
-def finish(unfinished, task, args, settings, added):
-    """Make the output, its summary and picture of the pieces; return the summary."""
+def finish(unfinished, task, args, settings, added, rows=None):
+    """Make the output, its summary and picture of the pieces, which hold so many `rows`; return the summary.
+
+    None of them takes its place before all are written.
+    """
     tally = LabelTally(task.labels, args.by)
-    with replacing(unfinished.output) as part:
-        write_table(part, unfinished.output, unfinished.pieces(), added.names, tally.add)
+    with (
+        replacing(unfinished.picture) as picture,
+        replacing(unfinished.summary) as numbers,
+        replacing(unfinished.output) as table,
+    ):
+        write_table(table, unfinished.output, unfinished.pieces(), added.names, tally.add)
         summary = tally.summary() | {"settings": settings}
-        with replacing(unfinished.summary) as file:
-            file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with replacing(unfinished.picture) as file:
-            draw_label_counts(summary, file)
+        if rows is not None and summary["rows"] != rows:
+            raise UserError(
+                f"{unfinished.folder}: damaged, it holds {summary['rows']} of {rows} rows; start anew with --overwrite"
+            )
+        numbers.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draw_label_counts(summary, picture)
     unfinished.remove()
     return summary
 
 
 def print_summary(summary, unfinished):
-    print(f"{summary['rows']} rows, {summary['labelled']} with a label:")
+    say(f"{summary['rows']} rows, {summary['labelled']} with a label:")
     for label, numbers in summary["labels"].items():
         mean = "" if numbers["mean_probability"] is None else f", mean probability {numbers['mean_probability']:.3f}"
-        print(f"  {label}: {numbers['rows']} ({numbers['share']:.1%}){mean}")
+        say(f"  {label}: {numbers['rows']} ({numbers['share']:.1%}){mean}")
     for reason, rows in summary["unlabelled"].items():
-        print(f"  without a label, {reason}: {rows}")
+        say(f"  without a label, {reason}: {rows}")
     for column, lines in summary["by"].items():
-        print(f"By {column}:", group_table(lines, column).to_string(index=False), sep="\n")
-    print(f"Written: {unfinished.output}, {unfinished.summary}, {unfinished.picture}")
+        say(f"By {column}:")
+        print(group_table(lines, column).to_string(index=False))
+    say(f"Written: {unfinished.output}, {unfinished.summary}, {unfinished.picture}")
 
 
 def predict(args, labeller, source, plan, unfinished, added):
     """Write a piece for every window that has none yet."""
+
+    def save(*piece):
+        source.check_unchanged()
+        unfinished.add(*piece)
+
     rows = plan["rows"]
     first = processes.on_first(lambda: len(unfinished.pieces()))
-    skipped = first * args.window if rows is None else min(rows, first * args.window)
-    schema = source.schema()
+    skipped = done = first * args.window if rows is None else min(rows, first * args.window)
+    wanted = itertools.islice(source.rows(skipped), None if rows is None else rows - skipped)
     with tqdm(total=rows, initial=skipped, unit="row", desc="predict", disable=not processes.is_first()) as bar:
-        for place, window in enumerate(windows(source.rows(skipped), args.window), start=first):
+        for place, window in enumerate(windows(wanted, args.window), start=first):
             records = label_window(labeller, window, args, plan["text_column"], bar)
-            processes.on_first(unfinished.add, place, records, schema, added)
+            processes.on_first(save, place, records, plan["schema"], added)
+            done += len(window)
+    processes.on_first(source.check_unchanged)
+    if rows is not None and done < rows:
+        raise UserError(f"--input {source.name}: {CHANGED}")
 
 
 def windows_kept(unfinished):
@@ -382,27 +493,32 @@ def main(argv=None):
         run = read_run(folder / "run.json", "train the adapter again")
         task = task_from_fields(run["task"], folder / "run.json")
         source, unfinished = Source(args.input, args.split), Unfinished(args.output)
-        check_places(source, unfinished.output)
+        check_places(source, unfinished)
         added = added_columns(task, args.probabilities)
         processes.first_enters(stack, held(unfinished.folder, "name another --output"))
         processes.on_first(unfinished.check, args.resume, args.overwrite)
-        command, kept = sys.argv[1:] if argv is None else argv, functools.partial(windows_kept, unfinished)
+        command, kept = list(sys.argv[1:] if argv is None else argv), functools.partial(windows_kept, unfinished)
         stack.enter_context(processes.saying_how_to_resume("predict.py", command, kept))
         fingerprint = adapters.fingerprint(folder, run)
         plan = processes.on_first(make_plan, args, source, task, fingerprint, unfinished, added)
         if plan["finished"]:
             processes.on_first(unfinished.remove)  # of what a kill left
-            print(f"{args.output}: this run is finished")
+            say(f"{args.output}: this run is finished")
             return
         model, tokenizer = adapters.load_model(folder, run, force=args.force)
         tokens = args.tokens_per_batch or (plan["before"] or {}).get("tokens_per_batch")
         tokens = tokens or processes.on_first(default_tokens_per_batch, model)
         labeller = Labeller(model, tokenizer, task, run["options"]["max_seq_length"], tokens)
         settings = plan["settings"] | {"tokens_per_batch": tokens}
-        processes.first_enters(stack, unfinished.started(None if plan["before"] else settings))
-        with processes.lost_peers():
-            predict(args, labeller, source, plan, unfinished, added)
-        processes.on_first(lambda: print_summary(finish(unfinished, task, args, settings, added), unfinished))
+        processes.first_enters(stack, unfinished.started(settings, resumed=plan["before"] is not None))
+        try:
+            with processes.lost_peers():
+                predict(args, labeller, source, plan, unfinished, added)
+        except Unlabelled:
+            command[:] = [option for option in command if option != "--strict"]  # with it, no run gets past that row
+            raise
+        summary = processes.on_first(finish, unfinished, task, args, settings, added, plan["rows"])
+        print_summary(summary, unfinished)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Labels, sentences and names are text of strangers: in pictures a $ starts no for
 import base64
 import math
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ FEW = (
     6  # rows that differ: five, all in one direction, come about by chance in 1 of 16 cases (sign test), six in 1 of 32
 )
 MISTAKES_SHOWN = 500
+BAR, LEGEND_COLUMNS = 0.22, 3  # a bar's height in inches, of the label counts
 
 
 def draw_training_curves(history, path):
@@ -194,52 +196,84 @@ def draw_reliability(bins, path):
 def draw_label_counts(summary, path):
     """Draw how many rows got which label, and for every `by` column the labels' shares in its groups, to a PNG.
 
-    `summary` is the dict of `metrics.LabelTally.summary`; rows without a label are gray.
+    `summary` is the dict of `metrics.LabelTally.summary`; rows without a label are gray and hatched.
     """
-    labels = list(summary["labels"])
-    palette = colormaps["tab10" if len(labels) <= 10 else "tab20"]
-    colors = [*(palette(place % palette.N) for place in range(len(labels))), "lightgray"]
-    heights = [1.3 + 0.32 * (len(labels) + 1), *(1.6 + 0.3 * len(lines) for lines in summary["by"].values())]
-    figure = Figure(figsize=(9, sum(heights) + 0.3 * math.ceil(len(labels) / 3)), layout="constrained")
+    labels = [*summary["labels"], "(no label)"]
+    styles = _label_styles(len(summary["labels"]))
+    tables = summary["by"].values()
+    names = [[_wrapped(printable(label), 40) for label in labels]]
+    names += [[f"{_wrapped(printable(line['group']), 40)} ({line['rows']:,})" for line in lines] for lines in tables]
+    places = [_places(each) for each in names]
+    entries = [_wrapped(printable(label), 30) for label in labels] if summary["by"] else []
+    heights = [0.9 + ends[-1] for _, ends in places]
+    legend = 0.3 + sum(0.18 * (1 + entry.count("\n")) + 0.1 for entry in entries) / LEGEND_COLUMNS
+    figure = Figure(figsize=(9, sum(heights) + legend), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    rows = [summary["labels"][label]["rows"] for label in labels] + [sum(summary["unlabelled"].values())]
-    bars = panels[0].barh(range(len(rows)), rows, color=colors)
-    panels[0].bar_label(bars, [f"{count:,}" for count in rows], fontsize=8, padding=2)
-    panels[0].set_yticks(range(len(rows)), [*(_wrapped(label, 40) for label in labels), "(no label)"], parse_math=False)
+    rows = [*(numbers["rows"] for numbers in summary["labels"].values()), sum(summary["unlabelled"].values())]
+    for place, count, style in zip(places[0][0], rows, styles, strict=True):
+        bars = panels[0].barh(place, count, BAR, **style)
+        panels[0].bar_label(bars, [f"{count:,}"], fontsize=8, padding=2)
     panels[0].set(xlabel="rows", xlim=(0, 1.12 * max(1, *rows)), title=f"{summary['rows']:,} rows")
-    for axes, (column, lines) in zip(panels[1:], summary["by"].items(), strict=True):
+    for axes, (column, lines), (middles, _) in zip(panels[1:], summary["by"].items(), places[1:], strict=True):
         counts = np.array([[*line["labels"].values(), line["unlabelled"]] for line in lines], dtype=float)
         shares = counts / counts.sum(axis=1, keepdims=True)
         lefts = shares.cumsum(axis=1) - shares
-        for part, color in enumerate(colors):
-            axes.barh(range(len(lines)), shares[:, part], left=lefts[:, part], color=color)
-        names = [f"{_wrapped(line['group'], 40)} ({line['rows']:,})" for line in lines]
-        axes.set_yticks(range(len(lines)), names, parse_math=False)
+        for part, style in enumerate(styles):
+            axes.barh(middles, shares[:, part], BAR, left=lefts[:, part], **style)
         axes.set(xlabel="share of the group's rows", xlim=(0, 1))
-        axes.set_title(f"by {_wrapped(column, 60)} (rows)", parse_math=False)
-        axes.margins(y=0.02)
-    for axes in panels:
-        axes.invert_yaxis()
-    if summary["by"]:
-        handles = [Patch(color=color) for color in colors]
-        legend = figure.legend(handles, [*labels, "(no label)"], loc="outside lower center", ncols=3, frameon=False)
-        for text in legend.get_texts():
+        axes.set_title(f"by {_wrapped(printable(column), 60)} (rows)", parse_math=False)
+    for axes, of_panel, (middles, ends) in zip(panels, names, places, strict=True):
+        axes.set_yticks(middles, of_panel, parse_math=False, fontsize=9)
+        axes.set_ylim(ends[-1], 0)
+    if entries:
+        handles = [Patch(**style) for style in styles]
+        place = {"loc": "outside lower center", "ncols": LEGEND_COLUMNS, "frameon": False, "fontsize": 9}
+        for text in figure.legend(handles, entries, **place).get_texts():
             text.set_parse_math(False)
-    figure.savefig(path, dpi=150, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for them
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _label_styles(count):
+    """Return the styles of so many labels' bars and of those without a label: no two look alike."""
+    palette = colormaps["tab10" if count < 10 else "tab20"].colors
+    palette = [color for color in palette if len(set(color)) > 1]  # gray is for rows without a label
+    hatches = ("", "///", "...", "xxx", "ooo")
+    styles = [
+        {"facecolor": palette[place % len(palette)], "hatch": hatches[place // len(palette) % len(hatches)]}
+        for place in range(count)
+    ]
+    line = {"edgecolor": "white", "linewidth": 0}
+    return [*(style | line for style in styles), {"facecolor": "lightgray", "hatch": "\\\\\\"} | line]
+
+
+def _places(names):
+    """Return the middles and the ends of bars with these names, in inches from the top, with room for all lines."""
+    heights = np.array([max(0.3, 0.12 + 0.155 * (1 + name.count("\n"))) for name in names])
+    ends = heights.cumsum()
+    return ends - heights / 2, ends
 
 
 def group_table(lines, column):
     """Return the DataFrame of texts that shows a `by` column's groups, as `metrics.LabelTally.summary` gives them."""
-    return pd.DataFrame(
-        {
-            column: line["group"],
-            "rows": line["rows"],
-            **line["labels"],
-            "(no label)": line["unlabelled"],
-            "mean probability": "–" if line["mean_probability"] is None else f"{line['mean_probability']:.3f}",
-        }
+    heads = [column, "rows", *lines[0]["labels"], "(no label)", "mean probability"]  # which need not be distinct
+    rows = [
+        [
+            printable(line["group"]),
+            line["rows"],
+            *line["labels"].values(),
+            line["unlabelled"],
+            "–" if line["mean_probability"] is None else f"{line['mean_probability']:.3f}",
+        ]
         for line in lines
-    )
+    ]
+    return pd.DataFrame(rows, columns=list(map(printable, heads)))
+
+
+def printable(text):
+    """Return `text` with characters that a terminal would obey, line breaks too, as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 def _wrapped(text, width):

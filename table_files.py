@@ -1,6 +1,7 @@
 """Tables of any size in JSON lines, CSV or Parquet, compressed or not: read row by row, written piece by piece.
 
     Source("comments.jsonl.gz").rows()     every row as a dict, with the file and the line it stands in
+    ColumnTypes                            the types of the columns where the output is Parquet
     write_piece, write_table               pieces of the output, and the pieces put together
 
 Only a few rows are in memory at any time. Values are kept: those of JSON as they are, those of CSV as text, those of
@@ -8,11 +9,11 @@ Parquet with their types where the output is Parquet, too.
 """
 
 import base64
+import bisect
 import bz2
 import contextlib
 import csv
 import datetime
-import decimal
 import gzip
 import hashlib
 import io
@@ -33,6 +34,7 @@ from command_line import UserError, hub_errors
 from rows import looks_local, read_object
 
 SPLIT = "train"  # that is read of a Hub data set
+CHANGED = "has changed while it was read; go on with --resume once it is what it was, or start anew with --overwrite"
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _OPENERS = {
     ".gz": gzip.open,
@@ -40,6 +42,7 @@ _OPENERS = {
     ".xz": lzma.open,
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
+_NO_ARRAY = (pa.ArrowException, OverflowError, UnicodeError)  # what Arrow says of values that no type or this one holds
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # that CSV files have instead of commas
 _KNOWN = "JSON lines (.jsonl, .ndjson, .json), CSV (.csv), both also as .gz, .bz2, .xz or .zst, or Parquet (.parquet)"
 _READ_AT_ONCE, _READ_BUFFER = 1024, 1 << 20  # rows of a Parquet file, bytes of each of its columns
@@ -72,18 +75,25 @@ def check_format(option, path):
 
 
 class Source:
-    """The rows of a file, of all files of a folder that can be read, by name, or of a split of a Hub data set."""
+    """The rows of a file, of all files of a folder that can be read, by name, or of a split of a Hub data set.
+
+    `left_out` lists what is not read of a folder, but for hidden files.
+    """
 
     def __init__(self, name, split=None):
         self.name, self.split, self.files, self.revision = str(name), split or SPLIT, [], None
+        self.left_out, self._seen = [], {}
         path = Path(name)
         if path.is_dir():
-            self.files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-            self.files = [file for file in self.files if file_format(file)]
+            found = sorted(file for file in path.iterdir() if file.name[0] != ".")
+            self.files = [file for file in found if file.is_file() and file_format(file)]
+            self.left_out = [file.name + "/" * file.is_dir() for file in found if file not in self.files]
             if not self.files:
                 raise UserError(f"--input {name}: has no file in a known format; known are {_KNOWN}")
         elif path.exists():
             check_format("--input", path)
+            if not path.is_file():
+                raise UserError(f"--input {name}: is a pipe or a device, which is read once; save its rows to a file")
             self.files = [path]
         elif looks_local(self.name) or file_format(path):
             raise UserError(f"--input {name}: no such file or folder")
@@ -106,15 +116,23 @@ class Source:
             for number, record in enumerate(stream.skip(skip), start=skip):
                 yield f"{self.name} {self.split} row {number}", record
 
-    def schema(self):
-        """Return the Arrow schema of the rows where all files are Parquet, else None: it is then made from values."""
-        if not self.files or any(file_format(file)[0] != "parquet" for file in self.files):
-            return None
-        schemas = []
-        for file in self.files:
-            with _reading_errors(file):
-                schemas.append(pq.read_schema(file).remove_metadata())
-        return _unified(schemas, self.name)
+    def is_parquet(self):
+        """Return whether all files are Parquet, which says the types of its columns."""
+        return bool(self.files) and all(file_format(file)[0] == "parquet" for file in self.files)
+
+    def size(self):
+        """Return the number of bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def remember(self):
+        """Take note of the files' sizes and times, for `check_unchanged`."""
+        self._seen = {file: _state(file) for file in self.files}
+
+    def check_unchanged(self):
+        """Raise UserError where a file is no longer what it was when `remember` was called."""
+        for file, seen in self._seen.items():
+            if _state(file) != seen:
+                raise UserError(f"{file}: {CHANGED}")
 
     def fingerprint(self):
         """Return a SHA-256 over the files' names and contents, or the commit of a Hub data set and the split."""
@@ -125,6 +143,14 @@ class Source:
             with _reading_errors(file), open(file, "rb") as stream:
                 digests.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _state(file):
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -250,6 +276,120 @@ def _csv_header(path, columns):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The types of Parquet's columns
+
+
+class ColumnTypes:
+    """The types of a Parquet table's columns, `types`, by all rows that are to stand in it.
+
+    `widened` says that a column's type is not that of all of its values: `check` finds those that do not fit.
+    """
+
+    def __init__(self):
+        self.types, self.widened = {}, False
+
+    def schema(self):
+        """Return the Arrow schema."""
+        return pa.schema(self.types.items())
+
+    def add_file(self, path):
+        """Take in the columns of a Parquet file; raise UserError where their types do not go with those before."""
+        with _reading_errors(path):
+            schema = pq.read_schema(path)
+        _refuse_twice(schema.names, path)
+        self.add_schema(schema, path)
+
+    def add_schema(self, schema, path):
+        """Take in the columns of a schema, the one of `path`."""
+        for field in schema:
+            try:
+                self._add(field.name, field.type)
+            except pa.ArrowException as error:
+                raise _mixed(f"{path}: column {field.name!r}", error) from error
+
+    def add(self, window):
+        """Take in the columns of `window`, a list of (place, record); raise UserError, with the row, as above."""
+        for name in dict.fromkeys(name for _, record in window for name in record):
+            values = [record.get(name) for _, record in window]
+            try:
+                self._add(name, pa.array(values).type)
+            except _NO_ARRAY as error:
+                raise _mixed(f"{window[self._first_misfit(name, values)][0]}: column {name!r}", error) from error
+
+    def _add(self, name, kind):
+        known = self.types.get(name, kind)
+        self.types[name] = wider = _wider_type(known, kind)
+        self.widened |= any(wider != of and not pa.types.is_null(of) for of in (known, kind))
+
+    def _first_misfit(self, name, values):
+        """Return the first row whose value is of no type that goes with those of the rows before it."""
+
+        def misfits(count):
+            try:
+                kind = pa.array(values[:count]).type
+                _wider_type(self.types.get(name, kind), kind)
+            except _NO_ARRAY:
+                return True
+            return False
+
+        return bisect.bisect_left(range(1, len(values)), True, key=misfits)
+
+    def check(self, window):
+        """Raise UserError for a row of `window` with a value that the types do not hold, such as a too large number."""
+        try:
+            pa.table([[record.get(name) for _, record in window] for name in self.types], schema=self.schema())
+        except _NO_ARRAY:
+            for (place, record), (name, kind) in itertools.product(window, self.types.items()):
+                try:
+                    pa.array([record.get(name)], type=kind)
+                except _NO_ARRAY as error:
+                    raise _mixed(f"{place}: column {name!r}", error) from error
+            raise
+
+
+def _wider_type(one, other):
+    """Return the Arrow type that holds the values of both types; raises ArrowException where there is none."""
+    if one == other:
+        return one
+    schemas = [pa.schema([("", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)]
+        if plain == [one, other]:
+            raise
+    return _wider_type(*plain)
+
+
+def _array(values, kind=None):
+    """Return the Arrow array of `values`, of type `kind` or the one that fits; an empty struct in it becomes null."""
+    array = pa.array(values, type=kind)
+    known = _without_empty_structs(array.type)
+    if known == array.type:
+        return array
+    return pa.array([_without_empty_dicts(value, array.type) for value in values], type=known)
+
+
+def _without_empty_structs(kind):
+    """Return an Arrow type with null for structs without fields, which Parquet does not know."""
+    if pa.types.is_struct(kind):
+        fields = [field.with_type(_without_empty_structs(field.type)) for field in kind]
+        return pa.struct(fields) if fields else pa.null()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_empty_structs(kind.value_type)))
+    return kind
+
+
+def _without_empty_dicts(value, kind):
+    """Return a value of the Arrow type `kind` as `_without_empty_structs` makes that."""
+    if value is not None and pa.types.is_struct(kind):
+        return {field.name: _without_empty_dicts(value.get(field.name), field.type) for field in kind} or None
+    if value is not None and pa.types.is_list(kind):
+        return [_without_empty_dicts(part, kind.value_type) for part in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -261,11 +401,13 @@ def piece_ending(output):
 def write_piece(path, output, records, schema, added):
     """Write `records` (dicts) to a file that `write_table` reads for the table `output`: Parquet or JSON lines.
 
-    The Arrow schemas `schema` (of the input, None where it has none) and `added` (of the columns beside the input's)
-    give the types of Parquet's columns; others get that of their values. Raises UserError where these do not agree.
+    The Arrow schemas `schema` (of the input, None where not known) and `added` (of the columns beside the input's) give
+    the types of Parquet's columns; others get that of their values. Raises UserError where these do not agree.
     """
     if piece_ending(output) == ".parquet":
-        pq.write_table(_table(records, schema, added), path)
+        table = _table(records, schema, added)
+        with _parquet_errors(output):
+            pq.write_table(table, path)
         return
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(_json(record) + "\n" for record in records)
@@ -279,7 +421,7 @@ def _json(record):
 
 
 def _plain(value):
-    """Return what JSON has for a value of Parquet: texts for dates, decimals and bytes, null for NaN and infinity."""
+    """Return what JSON has for a value of Parquet: null for NaN and infinity, texts for all that JSON does not know."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -290,9 +432,7 @@ def _plain(value):
         return base64.b64encode(value).decode()
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal | datetime.timedelta):
-        return str(value)
-    return value
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _table(records, schema, added):
@@ -302,9 +442,9 @@ def _table(records, schema, added):
     arrays = {}
     for name in names:
         try:
-            arrays[name] = pa.array([record.get(name) for record in records], type=types.get(name))
-        except (pa.ArrowException, OverflowError) as error:
-            raise _mixed(f"column {name}", error) from error
+            arrays[name] = _array([record.get(name) for record in records], types.get(name))
+        except _NO_ARRAY as error:
+            raise _mixed(f"column {name!r}", error) from error
     return pa.table(arrays)
 
 
@@ -315,11 +455,16 @@ def _mixed(what, error):
     )
 
 
-def _unified(schemas, name):
+@contextlib.contextmanager
+def _parquet_errors(output):
+    """Turn what Arrow says of values or types that Parquet does not know into a UserError."""
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
+        yield
     except pa.ArrowException as error:
-        raise _mixed(name, error) from error
+        raise UserError(
+            f"{output}: Parquet cannot hold these rows ({str(error).splitlines()[0]}); name an --output that ends in "
+            ".jsonl"
+        ) from error
 
 
 def write_table(path, output, pieces, last, read=lambda record: None):
@@ -334,17 +479,15 @@ def write_table(path, output, pieces, last, read=lambda record: None):
         return
     with _packed_stream(path, packed) as stream:
         if kind == "jsonl":
-            for piece in pieces:
-                with open(piece, "rb") as file:
-                    for line in file:
-                        read(json.loads(line))
-                        stream.write(line)
+            for line, record in _records(pieces):
+                read(record)
+                stream.write(line)
             return
         text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-        columns = _ordered((name for record in _records(pieces) for name in record), last)
+        columns = _ordered((name for _, record in _records(pieces) for name in record), last)
         writer = csv.writer(text)
         writer.writerow(columns)
-        for record in _records(pieces):
+        for _, record in _records(pieces):
             read(record)
             writer.writerow([_cell(record.get(name)) for name in columns])
         text.detach()
@@ -355,10 +498,22 @@ def _ordered(names, last):
     return [*(name for name in names if name not in last), *last]
 
 
+@contextlib.contextmanager
+def _piece_errors(piece):
+    """Turn what a damaged piece brings about into a UserError that names it."""
+    try:
+        yield
+    except (ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{piece}: damaged ({reason}); start anew with --overwrite") from error
+
+
 def _records(pieces):
+    """Yield (line, record) of JSON-lines pieces."""
     for piece in pieces:
-        with open(piece, "rb") as file:
-            yield from map(json.loads, file)
+        with _piece_errors(piece), open(piece, "rb") as file:
+            for line in file:
+                yield line, json.loads(line)
 
 
 def _cell(value):
@@ -369,11 +524,16 @@ def _cell(value):
 
 
 def _write_parquet(path, output, pieces, last, read):
-    found = _unified([pq.read_schema(piece) for piece in pieces], output) if pieces else pa.schema([])
-    schema = pa.schema([found.field(name) for name in _ordered(found.names, last) if name in found.names])
-    with pq.ParquetWriter(path, schema) as writer:
+    types = ColumnTypes()
+    for piece in pieces:
+        with _piece_errors(piece):
+            piece_schema = pq.read_schema(piece)
+        types.add_schema(piece_schema, output)
+    schema = pa.schema([(name, types.types[name]) for name in _ordered(types.types, last) if name in types.types])
+    with _parquet_errors(output), pq.ParquetWriter(path, schema) as writer:
         for piece in pieces:
-            table = pq.read_table(piece)
+            with _piece_errors(piece):
+                table = pq.read_table(piece)
             for record in table.to_pylist():
                 read(record)
             whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")

@@ -1,9 +1,10 @@
 """The output of a long run while it is not finished: pieces that are whole or not there, and the run's settings.
 
-    .<output>.part/settings.json            what the output depends on, to compare when the run goes on
-    .<output>.part/piece-00000000.jsonl     one for each window of rows, in order
+    .<name>.part/settings.json              what the output depends on, to compare when the run goes on
+    .<name>.part/piece-00000000.jsonl       one for each window of rows, in order
 
-Killed at any moment, the run goes on behind the last piece; when all are there, they become the output.
+Killed at any moment, the run goes on behind the last piece; when all are there, they become the output. The name is the
+output's without its ending: outputs that would share a summary share this folder and its lock, too.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ class Unfinished:
 
     def __init__(self, output):
         self.output = Path(output)
-        self.folder = self.output.with_name(f".{self.output.name}.part")
+        self.folder = self.output.with_name(f".{stem(self.output)}.part")
         self.summary = self.output.with_name(f"{stem(self.output)}.summary.json")
         self.picture = self.output.with_name(f"{stem(self.output)}.label_counts.png")
 
@@ -27,13 +28,20 @@ class Unfinished:
         """Raise UserError where a run may not write the output, or would replace something unasked."""
         if self.output.is_dir():
             raise UserError(f"--output {self.output}: is a folder; name a file")
-        if resume or overwrite:
+        if overwrite:
             return
-        if self.pieces():
-            raise UserError(
-                f"--output {self.output}: a run that writes it is not finished; pass --resume to go on with it, or "
-                "--overwrite to start anew"
-            )
+        if resume:
+            before, _ = self.settings()
+            if before is not None:
+                check_same(before, {"output": self.output.name})
+                return
+        elif (self.folder / "settings.json").exists() and any(self.folder.glob("piece-*")):
+            before, _ = self.settings()
+            what, advice = "it", "pass --resume to go on with it, or --overwrite to start anew"
+            if before["output"] != self.output.name:
+                what = f"{before['output']}, with the same summary,"
+                advice = "go on with that one, name another --output, or pass --overwrite to drop it"
+            raise UserError(f"--output {self.output}: a run that writes {what} is not finished; {advice}")
         for path in (self.output, self.summary, self.picture):
             if path.exists():
                 raise UserError(f"{path}: exists; pass --overwrite to replace it, or name another --output")
@@ -52,29 +60,22 @@ class Unfinished:
 
     def settings(self):
         """Return (settings of the run to resume or None where there is none, whether it is finished)."""
-        for file, finished in ((self.folder / "settings.json", False), (self.summary, True)):
-            if not file.exists() or (finished and not self.output.exists()):
-                continue
-            try:
-                found = read_json(file.read_text(encoding="utf-8"))
-                found = found["settings"] if finished else found
-                return dict(found), finished
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{file}: not what predict.py wrote; start anew with --overwrite") from error
-        if self.output.exists():
-            raise UserError(f"{self.output}: exists, and no run that could go on; pass --overwrite to replace it")
+        if (file := self.folder / "settings.json").exists():
+            return _read(file), False
+        if self.summary.exists() and self.output.exists():
+            return _read(self.summary, "settings"), True
         return None, False
 
     @contextlib.contextmanager
-    def started(self, settings):
-        """Wrap a new run with `settings`, or with None one that goes on; a new one that fails at once leaves nothing.
+    def started(self, settings, resumed=False):
+        """Wrap a run with `settings`, a new one or one that goes on; one that fails at once leaves nothing.
 
-        The pieces of an earlier one are removed.
+        A new one removes the pieces of an earlier one.
         """
-        if settings is not None:
+        if not resumed:
             self._clear()
-            with replacing(self.folder / "settings.json") as part:
-                part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with replacing(self.folder / "settings.json") as part:
+            part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         try:
             yield
         except BaseException:
@@ -100,7 +101,20 @@ class Unfinished:
         remove(self.folder)
 
 
-def check_same(before, now, free):
+def _read(file, *keys):
+    """Return the settings in a JSON file, behind `keys`; raise UserError where there are none."""
+    try:
+        found = read_json(file.read_text(encoding="utf-8"))
+        for key in keys:
+            found = found[key]
+        if not isinstance(found, dict) or "output" not in found:
+            raise ValueError("no settings")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not what predict.py wrote; start anew with --overwrite") from error
+    return found
+
+
+def check_same(before, now, free=()):
     """Raise UserError where a run with the settings `now` would not go on as the one with `before` began.
 
     A setting is a value, or a dict of value and sha256, of which the second counts. `free` names those that may differ.

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,15 +234,27 @@ def test_columns_that_come_late_are_kept_in_every_format(work):
     assert [r["late"] + r["later"] for r in read(Path("out.csv"), ".csv")] == ["", "", "4x"]
 
 
-def test_a_folder_is_read_by_name_and_formats_may_be_mixed(work):
+def test_a_folder_is_read_by_name_and_formats_may_be_mixed(work, capsys):
     folder = work / "month"
     folder.mkdir()
     write_json_lines(folder / "a.jsonl", [{"text": "good 1"}, {"text": "bad 2"}])
     write(folder / "b.csv.gz", [{"text": "good 3", "more": "x"}], ".csv.gz")
-    (folder / "README.txt").write_text("not a table")
+    for name in ("README.txt", ".hidden", *(f"{number}.pdf" for number in range(10))):
+        (folder / name).write_text("not a table")
+    (folder / "c.jsonl").mkdir()
     found = rows_of(run("month", "out.jsonl", "--window", 2))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Not read" in line)
+    assert line == "Not read in month: " + "; ".join(f"{number}.pdf" for number in range(10)) + "; and 2 more"
     assert [r["text"] for r in found] == ["good 1", "bad 2", "good 3"]
     assert found[2]["more"] == "x"
+
+
+def test_looking_through_a_large_input_is_said(work, capsys, monkeypatch):
+    run("words.jsonl", "small.jsonl")
+    assert "Checking" not in capsys.readouterr().out
+    monkeypatch.setattr(predict, "LARGE", 1000)
+    run("words.jsonl", "large.jsonl")
+    assert "Checking words.jsonl\n" in capsys.readouterr().out
 
 
 def test_the_sentence_of_a_published_text_is_scored(work):
@@ -423,6 +436,41 @@ def test_the_longest_sentence_that_fits_is_labelled_and_one_token_more_is_not(wo
     assert [r["reason"] for r in rows_of(run("in.jsonl", "out.jsonl"))] == [None, "longer than max_seq_length"]
 
 
+def test_a_text_that_cannot_fit_is_not_tokenised(work, monkeypatch):
+    seen, prompts_ids = [], predict.prompts_ids
+
+    def recorded(tokenizer, task, sentences):
+        seen.extend(map(len, sentences))
+        return prompts_ids(tokenizer, task, sentences)
+
+    monkeypatch.setattr(predict, "prompts_ids", recorded)
+    # This tokenizer has no token for the byte 4: the third text has none at all, and fits.
+    write_json_lines(work / "in.jsonl", [{"text": "x" * 10**6}, {"text": "x" * 10**3}, {"text": "\x04" * 10**6}])
+    reasons = [r["reason"] for r in rows_of(run("in.jsonl", "out.jsonl"))]
+    assert reasons == ["longer than max_seq_length"] * 2 + [None]
+    assert seen == [10**3, 10**6]
+
+
+@pytest.mark.parametrize("tokenizer", ["smollm2_tokenizer", "llama2_tokenizer"])
+def test_a_text_never_has_fewer_tokens_than_it_is_said_to_have(tokenizer, request):
+    tokenizer, chance = request.getfixturevalue(tokenizer), random.Random(1)
+    fewest, longest = predict.fewest_tokens(tokenizer), max(tokenizer.get_vocab(), key=len)
+    parts = [*"ab \n\t枪é\x04😀\U00040000\u0301▁", " " * 80, "\n" + " " * 79, "the", "<s>", "=" * 90, longest]
+    for _ in range(300):
+        text = "".join(chance.choices(parts, k=chance.randrange(1, 40)))
+        assert fewest(text) <= len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    assert fewest("x" * 10**6) > 5000
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    for change in (
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"added_tokens": [{"content": "x", "lstrip": True, "rstrip": False}]},
+        {"model": spec["model"] | {"type": "Unigram"}},
+    ):
+        backend = SimpleNamespace(to_str=lambda change=change: json.dumps(spec | change))
+        assert predict.fewest_tokens(SimpleNamespace(backend_tokenizer=backend))("x" * 10**6) == 0
+
+
 @pytest.mark.parametrize("row", [1, 4, 6])
 def test_strict_names_file_and_line(work, row, refused):
     write_json_lines(work / "bad.jsonl", [BAD[0], BAD[7], BAD[row]])
@@ -431,6 +479,17 @@ def test_strict_names_file_and_line(work, row, refused):
     assert ("Loading weights" in refused.printed) == (row == 6)  # only the length needs the tokenizer
     write_json_lines(work / "good.jsonl", [BAD[0], BAD[7]])
     run("good.jsonl", "out.jsonl", "--strict")
+
+
+def test_windows_before_a_row_that_strict_refuses_are_kept_without_strict(work, refused, capfd):
+    write_json_lines(work / "in.jsonl", [*({"text": f"good {number}"} for number in range(4)), BAD[6], BAD[7]])
+    run("in.jsonl", "labels.jsonl", "--strict", "--window", 2, code=2)
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "in.jsonl line 5: longer than max_seq_length; " in line
+    command = line.split("; kept: 2 windows; to go on: python predict.py ")[1].split()
+    assert predict.main(command) == 0 and "--strict" not in command
+    assert [r["reason"] for r in rows_of(Path("labels.jsonl"))] == [None] * 4 + ["longer than max_seq_length", None]
+    assert "--strict: was False when" in refused(predict.main, *command, "--strict")
 
 
 CUT_SHORT = gzip.compress(b'{"text": "good"}\n' * 999)[:-9]
@@ -448,8 +507,20 @@ FAULTS = {
     "too many values": ("in.csv", 'text,id\n"a\nb",1\nc,d,2\n', "in.csv line 4: has 3 values for 2 columns"),
     "too few values": ("in.csv", "text,id\na\n", "in.csv line 2: has 1 values for 2 columns"),
     "an open quote": ("in.csv", 'text,id\na,1\n"b,2\n', "in.csv line 3: not CSV"),
-    "a column twice": ("in.csv", "text,text\na,b\n", "the column 'text' stands twice"),
+    "a column twice": ("in.csv", "text,text\na,b\n", "the column 'text' stands twice in it; rename one"),
     "CSV in Latin-1": ("in.csv", b"text\n\xfc\n", "in.csv after line"),
+    "semicolons": (
+        "in.csv",
+        "text;id\ngood;1\n",
+        "in.csv: its values are separated by semicolons; save it with commas",
+    ),
+    "tabs": ("in.csv", "text\tid\ngood\t1\n", "in.csv: its values are separated by tabs; save it with commas"),
+    "bars": ("in.csv", "text|id\ngood|1\n", "in.csv: its values are separated by vertical bars; save it with commas"),
+    "JSON lines": (
+        "in.csv",
+        '{"text": "a", "id": 1}\n',
+        "in.csv: holds JSON lines; give it a name that ends in .jsonl",
+    ),
     "no Parquet": ("in.parquet", "text", "in.parquet: damaged, cut short or not what its name says"),
     "no gzip": ("in.jsonl.gz", '{"text": "a"}\n', "in.jsonl.gz: damaged, cut short"),
     "gzip cut short": (
@@ -458,8 +529,12 @@ FAULTS = {
         "in.jsonl.gz: damaged, cut short",
     ),
     "no xz": ("in.jsonl.xz", '{"text": "a"}\n', "in.jsonl.xz: damaged, cut short"),
-    "no zstd": ("in.jsonl.zst", '{"text": "a"}\n', "in.jsonl.zst: "),
-    "no bz2": ("in.jsonl.bz2", '{"text": "a"}\n', "in.jsonl.bz2: "),
+    "no zstd": (
+        "in.jsonl.zst",
+        '{"text": "a"}\n',
+        "; make it anew, or unpack it first if it was packed with zstd --long",
+    ),
+    "no bz2": ("in.jsonl.bz2", '{"text": "a"}\n', "in.jsonl.bz2: damaged, cut short"),
     "a column that is added": ("in.jsonl", '{"text": "a"}\n{"text": "a", "reason": 1}\n', "has a column 'reason'"),
     "an unknown ending": ("in.txt", "a", "--input in.txt: its name says no known format"),
     "packed Parquet": ("in.parquet.gz", "a", "--input in.parquet.gz: its name says no known format"),
@@ -486,6 +561,12 @@ def test_names_and_columns_that_do_not_fit_are_refused(work, refused):
     assert "--input none.jsonl: no such file or folder" in line(source="none.jsonl")
     assert "--output out.txt: its name says no known format" in line(output="out.txt")
     assert "--output in.jsonl: is the input" in line("--overwrite", output="in.jsonl")
+    shutil.copyfile("in.jsonl", "s.summary.json")
+    message = "--output s.jsonl: s.summary.json, which stands beside it, is the input; name another file"
+    assert message in line("--overwrite", source="s.summary.json", output="s.jsonl")
+    os.mkfifo("pipe.jsonl")
+    assert "--input pipe.jsonl: is a pipe or a device" in line(source="pipe.jsonl")
+    Path("pipe.jsonl").unlink()
     assert "--output models: its name" in line(output="models")
     assert "--split test: in.jsonl is no data set of the Hub" in line("--split", "test")
     assert "must be from 0 to 1, not 2" in line("--min_probability", 2)
@@ -498,25 +579,117 @@ def test_names_and_columns_that_do_not_fit_are_refused(work, refused):
     assert "--output dir.jsonl: is a folder" in line(output="dir.jsonl")
 
 
-def test_values_that_no_parquet_column_holds_are_refused(work, capfd):
-    write_json_lines(work / "in.jsonl", [{"text": "a", "x": 1}, {"text": "b", "x": "two"}])
-    run("in.jsonl", "out.parquet", code=2)
-    assert "column x: its values are of kinds that one Parquet column cannot hold" in capfd.readouterr().err
-    run("in.jsonl", "out.parquet", "--window", 1, code=2)
-    assert "one Parquet column cannot hold" in capfd.readouterr().err
+MIXED = {
+    "a text after a number": ([1, "two"], "in.jsonl line 3: column 'x'"),
+    "no boolean": ([True, 1], "in.jsonl line 3: column 'x'"),
+    "a text in a list": ([[1], [2, "x"]], "in.jsonl line 3: column 'x'"),
+    "an object after a list": ([[1], {"a": 1}], "in.jsonl line 3: column 'x'"),
+    "more than 64 bits": ([1, 2**70], "in.jsonl line 3: column 'x'"),
+    "a number beyond 2**53, then a fraction": ([2**60 + 1, 2.5], ": column 'x'"),
+    "a fraction, then a number beyond 2**53": ([2.5, 2**60 + 1], "in.jsonl line 3: column 'x'"),
+}
 
 
-def test_the_texts_may_be_in_any_column(work):
+@pytest.mark.parametrize("window", [1, 1024])
+@pytest.mark.parametrize("kind", MIXED)
+def test_values_that_no_parquet_column_holds_are_refused_before_any_is_labelled(work, kind, window, refused):
+    values, message = MIXED[kind]
+    write_json_lines(
+        work / "in.jsonl", [{"text": "a"}, *({"text": "b", "x": value} for value in values), {"text": "c"}]
+    )
+    line = refused(predict.main, *options("in.jsonl", "out.parquet", "--window", window))
+    assert message in line and "its values are of kinds that one Parquet column cannot hold" in line
+    assert line.endswith("; name an --output that ends in .jsonl")
+    assert "Loading weights" not in refused.printed
+
+
+def test_numbers_of_several_kinds_share_a_parquet_column_whatever_the_window(work):
+    values = [1, 2.5, None, {"a": 1}, {"b": [2.5]}, {"b": [1]}]
+    write_json_lines(work / "in.jsonl", [{"text": "a", "xy"[row > 2]: value} for row, value in enumerate(values)])
+    one = run("in.jsonl", "one.parquet", "--window", 1).read_bytes()
+    table = pq.read_table(run("in.jsonl", "all.parquet"))
+    assert pq.read_table("one.parquet").select(["x", "y"]).equals(table.select(["x", "y"])) and one
+    assert table["x"].to_pylist() == [1.0, 2.5, None, None, None, None]
+    assert table["y"].to_pylist()[3:] == [{"a": 1, "b": None}, {"a": None, "b": [2.5]}, {"a": None, "b": [1.0]}]
+
+
+def test_empty_objects_are_null_in_parquet_unless_other_rows_say_their_fields(work):
+    records = [{"text": "a", "gildings": {}, "list": [{}], "deep": {"a": {}, "b": 1}, "late": {}}, {"text": "b"}]
+    write_json_lines(work / "in.jsonl", [*records, {"text": "c", "late": {"x": 1}}])
+    for window in (1, 10):
+        found = pq.read_table(run("in.jsonl", f"out{window}.parquet", "--window", window)).to_pylist()
+        assert [(r["gildings"], r["list"]) for r in found] == [(None, [None]), (None, None), (None, None)]
+        assert found[0]["deep"] == {"a": None, "b": 1}
+        assert [r["late"] for r in found] == [{"x": None}, None, {"x": 1}]
+    assert rows_of(run("in.jsonl", "out.jsonl"))[0]["gildings"] == {}
+
+
+def test_parquet_files_of_a_folder_may_have_other_types(work, refused):
+    (work / "in").mkdir()
+
+    def write_files(*columns):
+        for number, (name, column) in enumerate(columns):
+            pq.write_table(pa.table({"text": ["good"] * len(column), name: column}), f"in/{number}.parquet")
+
+    write_files(("x", pa.array([1])), ("x", pa.array(["a"])))
+    assert [r["x"] for r in rows_of(run("in", "mixed.jsonl"))] == [1, "a"]
+    assert "in/1.parquet: column 'x': its values are of kinds" in refused(predict.main, *options("in", "x.parquet"))
+    write_files(("x", pa.array([2**60 + 1])), ("x", pa.array([0.5])))
+    assert "in/0.parquet row 0: column 'x': its values" in refused(predict.main, *options("in", "x.parquet"))
+    write_files(("x", pa.array(["a"]).dictionary_encode()), ("x", pa.array(["b"])))
+    table = pq.read_table(run("in", "texts.parquet"))
+    assert table["x"].to_pylist() == ["a", "b"] and table.schema.field("x").type == pa.string()
+    write_files(("x", pa.array([1], pa.int8())), ("x", pa.array([300], pa.int16())))
+    assert pq.read_table(run("in", "wide.parquet"))["x"].to_pylist() == [1, 300]
+    pq.write_table(pa.table([["good"], [1], [2]], names=["text", "x", "x"]), "in/1.parquet")
+    for output in ("x.jsonl", "x.parquet"):
+        line = refused(predict.main, *options("in", output))
+        assert "in/1.parquet: the column 'x' stands twice in it; rename one" in line
+
+
+def no_utf8():
+    return pa.Array.from_buffers(pa.string(), 1, [None, *pa.array(["ab"]).buffers()[1:2], pa.py_buffer(b"\xff\xfe")])
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_values_of_parquet_that_cannot_be_read_are_refused_by_their_row(work, output, refused):
+    for values in (pa.array([1, 10**12], pa.timestamp("s")), pa.array([0, 10**8], pa.date32()), no_utf8()):
+        texts = ["good", "bad"][: len(values)]
+        pq.write_table(pa.table({"text": texts, "x": values}), "in.parquet")
+        line = refused(predict.main, *options("in.parquet", output))
+        assert f"in.parquet row {len(values) - 1}: the value of 'x' cannot be read (" in line
+
+
+def test_uuids_are_texts_where_the_output_is_not_parquet(work):
+    value = uuid.UUID(int=5)
+    pq.write_table(pa.table({"text": ["good"], "id": pa.array([value.bytes], pa.uuid())}), "in.parquet")
+    assert rows_of(run("in.parquet", "json.jsonl"))[0]["id"] == str(value)
+    assert read(run("in.parquet", "csv.csv"), ".csv")[0]["id"] == str(value)
+    assert pq.read_table(run("in.parquet", "out.parquet"))["id"].to_pylist() == [value]
+
+
+def test_a_blank_line_of_a_csv_file_is_an_empty_row_only_where_it_can_be_one(work):
+    (work / "one.csv").write_text("\n\nsentence\n\ngood\n\n\nbad\n\n\n")
+    found = read(run("one.csv", "labels.csv"), ".csv")
+    assert [r["sentence"] for r in found] == ["", "good", "", "", "bad"]
+    assert [r["reason"] for r in found] == ["empty", "", "empty", "empty", ""]
+    (work / "two.csv").write_text("sentence,id\n\ngood,1\n\nbad,2\n\n")
+    assert [r["id"] for r in read(run("two.csv", "two-labels.csv"), ".csv")] == ["1", "2"]
+
+
+def test_the_texts_may_be_in_any_column(work, capsys):
     records = [
         {"sentence": "good 1", "text": "bad 1", "number": 3},
         {"sentence": "good 2", "text": "bad 2", "number": 4},
     ]
     write_json_lines(work / "in.jsonl", records)
     first = rows_of(run("in.jsonl", "first.jsonl"))  # of several that are known, the first
+    assert "Texts: column 'sentence'\n" in capsys.readouterr().out
     write_json_lines(work / "in.jsonl", [{"body": r["sentence"], "number": r["number"]} for r in records])
     only = rows_of(run("in.jsonl", "only.jsonl"))  # the only text
     write_json_lines(work / "in.jsonl", [{"text": "x", "comment": r["sentence"]} for r in records])
     named = rows_of(run("in.jsonl", "named.jsonl", "--text_column", "comment"))
+    assert "Texts: column 'comment'\n" in capsys.readouterr().out
     assert [r["probability"] for r in first] == [r["probability"] for r in only] == [r["probability"] for r in named]
     assert first[0]["probability"] != rows_of(run("in.jsonl", "other.jsonl"))[0]["probability"]
 
@@ -560,6 +733,32 @@ def test_labels_are_counted_by_the_groups_of_columns(work, capsys):
     assert Path("out.label_counts.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_groups_stand_in_their_own_order_and_rows_without_one_last(work):
+    hours = [{"text": "good", "hour": hour, "month": f"2024-{1 + hour:02d}"} for hour in range(11)]
+    records = [*hours, hours[10], hours[10], {"text": "bad", "month": "", "hour": None}]
+    write_json_lines(work / "in.jsonl", records)
+    run("in.jsonl", "out.jsonl", "--by", "hour", "month")
+    by = {column: [line["group"] for line in lines] for column, lines in summary_of("out.jsonl")["by"].items()}
+    assert by["hour"] == [*map(str, range(11)), "(none)"]
+    assert by["month"] == [*(f"2024-{month:02d}" for month in range(1, 12)), "(none)"]
+
+
+HEADS = ["rows", *LABELS, "(no", "label)", "mean", "probability"]
+
+
+def test_columns_may_be_named_as_the_summarys_are_and_hold_what_a_terminal_would_obey(work, capsys):
+    names = ["rows", "positive", "mean probability", "a\x1b[2Jb"]
+    records = [{"text": "good", **dict.fromkeys(names, "one\x1b[31m\ntwo")}]
+    write_json_lines(work / "in.jsonl", records)
+    run("in.jsonl", "out.jsonl", "--by", *names)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "By a\\x1b[2Jb:" in printed
+    for name in names:
+        table = printed.split(f"By {name}:\n".replace("\x1b", "\\x1b"))[1].splitlines()
+        assert table[0].split() == [*name.replace("\x1b", "\\x1b").split(), *HEADS]
+        assert table[1].split()[:2] == ["one\\x1b[31m\\ntwo", "1"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cut off, and on again
 
@@ -586,8 +785,12 @@ def wait_for(process, condition):
         time.sleep(0.0005)
 
 
+def part_of(output):
+    return Path(f".{output.split('.')[0]}.part")
+
+
 def pieces(output="labels.jsonl"):
-    return len(list(Path(f".{output}.part").glob("piece-*")))
+    return len(list(part_of(output).glob("piece-*")))
 
 
 @pytest.mark.parametrize("number", range(KILLS))
@@ -601,11 +804,11 @@ def test_a_killed_run_that_is_resumed_gives_the_output_of_one_never_killed(work,
         time.sleep(chance.random() * 0.02)
     else:
         wanted = chance.randrange(24)
-        wait_for(process, lambda: Path(f".{output}.part/settings.json").exists() and pieces(output) >= wanted)
+        wait_for(process, lambda: (part_of(output) / "settings.json").exists() and pieces(output) >= wanted)
         time.sleep(chance.random() * 0.05)
     process.kill()
     process.wait()
-    finished = Path(output).exists() and not Path(f".{output}.part/settings.json").exists()
+    finished = Path(output).exists() and not (part_of(output) / "settings.json").exists()
     before = 25 if finished else pieces(output)
     assert before == 25 or number % 3 != 2
     scored = []
@@ -655,8 +858,13 @@ def test_a_run_that_is_not_finished_is_neither_replaced_nor_mixed_with_another(w
     def line(*more):
         return refused(predict.main, *options("long.jsonl", "labels.jsonl", *more))
 
-    both = "a run that writes it is not finished; pass --resume to go on with it, or --overwrite to start anew"
-    assert both in line(*CUT)
+    it = "a run that writes it is not finished; pass --resume to go on with it, or --overwrite to start anew"
+    assert it in line(*CUT)
+    other = options("long.jsonl", "labels.csv", *CUT)
+    assert "a run that writes labels.jsonl, with the same summary, is not finished" in refused(predict.main, *other)
+    assert "--output: was labels.jsonl when the run was started and is labels.csv now" in refused(
+        predict.main, *other, "--resume"
+    )
     assert "--window: was 6 when the run was started and is 7 now" in line(*CUT, "--window", 7, "--resume")
     assert "--min_probability: was 0.0 when the run was started and is 0.6 now" in line(
         *CUT, "--min_probability", 0.6, "--resume"
@@ -683,7 +891,12 @@ def test_an_output_is_replaced_only_if_asked_and_only_once_there_is_another(work
     before = run("short.jsonl", "labels.jsonl").read_bytes()
     line = refused(predict.main, *options("long.jsonl", "labels.jsonl"))
     assert "labels.jsonl: exists; pass --overwrite to replace it, or name another --output" in line
-    assert "labels.summary.json: exists" in refused(predict.main, *options("long.jsonl", "labels.csv"))
+    for more in ([], ["--resume"]):
+        line = refused(predict.main, *options("long.jsonl", "labels.csv", *more))
+        assert "labels.summary.json: exists; pass --overwrite to replace it, or name another --output" in line
+    shutil.copyfile("labels.jsonl", "labels.csv")
+    line = refused(predict.main, *options("short.jsonl", "labels.csv", "--resume"))
+    assert "--output: was labels.jsonl when the run was started and is labels.csv now" in line
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "finish", lambda *args: os.kill(os.getpid(), signal.SIGINT))
         run("long.jsonl", "labels.jsonl", "--overwrite", code=130)
@@ -693,16 +906,80 @@ def test_an_output_is_replaced_only_if_asked_and_only_once_there_is_another(work
     capfd.readouterr()
     run("long.jsonl", "labels.jsonl", "--resume")
     assert "labels.jsonl: this run is finished" in capfd.readouterr().out
+    line = refused(predict.main, *options("long.jsonl", "labels.jsonl", "--resume", "--by", "row"))
+    assert "--by row: labels.jsonl is finished without such counts; they need --overwrite" in line
     assert "--input: was long.jsonl" in refused(predict.main, *options("short.jsonl", "labels.jsonl", "--resume"))
     run("short.jsonl", "labels.jsonl", "--overwrite")
     assert Path("labels.jsonl").read_bytes() == before
 
 
+def test_an_interrupt_in_the_last_step_leaves_all_of_the_old_output(work, long_input, monkeypatch):
+    names = ("labels.jsonl", "labels.summary.json", "labels.label_counts.png")
+    run("words.jsonl", "labels.jsonl")
+    before = [Path(name).read_bytes() for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "draw_label_counts", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        run("long.jsonl", "labels.jsonl", "--overwrite", code=130)
+    assert [Path(name).read_bytes() for name in names] == before
+    run("long.jsonl", "labels.jsonl", "--resume")
+    assert summary_of("labels.jsonl")["rows"] == len(rows_of(Path("labels.jsonl"))) == 150
+
+
+CHANGES = {
+    "a row more": lambda rows: [*rows, {"text": "late"}],
+    "another text": lambda rows: [*rows[:-1], {**rows[-1], "text": "other"}],
+    "no row": lambda rows: [],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_input_that_changes_while_it_is_labelled_gives_no_output(work, long_input, change, capfd, monkeypatch):
+    rows, label_window, calls = rows_of(long_input), predict.label_window, []
+    before = long_input.read_bytes()
+
+    def changing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            write_json_lines(long_input, CHANGES[change](rows))
+        return label_window(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "label_window", changing)
+        run("long.jsonl", "labels.jsonl", *CUT, code=2)
+    assert "long.jsonl: has changed while it was read; go on with --resume once it is" in capfd.readouterr().err
+    assert not Path("labels.jsonl").exists() and pieces() == 2
+    long_input.write_bytes(before)
+    run("long.jsonl", "labels.jsonl", *CUT, "--resume")
+    assert [r["row"] for r in rows_of(Path("labels.jsonl"))] == list(range(150))
+
+
+def test_a_damaged_piece_or_setting_is_named(work, unfinished, refused, capfd):
+    def line():
+        return refused(predict.main, *options("long.jsonl", "labels.jsonl", *CUT, "--resume"))
+
+    piece, settings = Path(".labels.part/piece-00000001.jsonl"), Path(".labels.part/settings.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "finish", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        run("long.jsonl", "labels.jsonl", *CUT, "--resume", code=130)
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-30])
+    assert ".labels.part/piece-00000001.jsonl: damaged (" in line() and "start anew with --overwrite" in line()
+    piece.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    assert ".labels.part: damaged, it holds 149 of 150 rows; start anew with --overwrite" in line()
+    piece.write_bytes(whole)
+    before = settings.read_text()
+    for content in ("", "[]", "{}", before[:-9]):
+        settings.write_text(content)
+        assert "settings.json: not what predict.py wrote; start anew with --overwrite" in line()
+    settings.write_text(before)
+    run("long.jsonl", "labels.jsonl", *CUT, "--resume")
+
+
 def test_a_second_process_on_the_same_output_is_refused(work, refused):
-    with held(Path(".labels.jsonl.part"), ""):
+    with held(Path(".labels.part"), ""):
         for more in ([], ["--resume"], ["--overwrite"]):
-            line = refused(predict.main, *options("words.jsonl", "labels.jsonl", *more))
-            assert ".labels.jsonl.part: another run is writing there; wait for it, or name another --output" in line
+            line = refused(predict.main, *options("words.jsonl", "labels.csv", *more))
+            assert ".labels.part: another run is writing there; wait for it, or name another --output" in line
 
 
 def test_full_memory_names_the_tokens_a_batch_and_keeps_what_is_done(work, long_input, capfd):
@@ -757,8 +1034,12 @@ def test_a_run_that_fails_at_once_leaves_nothing(work, refused, monkeypatch):
 
 PEAKS = """
 import json, resource, sys
-import predict
+import pyarrow
+import predict, table_files
 peaks = []
+for rows in (2_500, 5_000):
+    assert sum(1 for _ in table_files.read_file(f"in{rows}.parquet")) == rows
+    peaks.append(pyarrow.default_memory_pool().max_memory() / 1e6)
 for rows in (2_000, 20_000):
     with open("in.jsonl", "w") as file:
         for row in range(rows):
@@ -771,11 +1052,14 @@ print(json.dumps(peaks), file=sys.stderr)
 
 
 def test_memory_does_not_grow_with_the_rows(work):
-    """The longer file has 18,000 rows more, 10 kB each: 180 MB."""
+    """The longer file has 18,000 rows more, 10 kB each: 180 MB; that of Parquet 2,500 rows, 20 kB each: 50 MB."""
+    for rows in (2_500, 5_000):
+        pq.write_table(pa.table({"text": [os.urandom(10_000).hex() for _ in range(rows)]}), f"in{rows}.parquet")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", PEAKS], env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    short, long = json.loads(done.stderr.splitlines()[-1])
+    short_parquet, long_parquet, short, long = json.loads(done.stderr.splitlines()[-1])
+    assert long_parquet - short_parquet < 10, (short_parquet, long_parquet)
     assert long - short < 30, (short, long)
     assert pq.read_metadata("20000.parquet").num_rows == 20_000
 

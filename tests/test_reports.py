@@ -1,8 +1,9 @@
 """The pictures and the HTML report, as files; the pictures also as matplotlib laid them out."""
 
 import base64
+import warnings
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from metrics import LabelTally
 from prompts import TASKS
 from reports import (
     draw_comparison,
     draw_confusion_matrices,
+    draw_label_counts,
     draw_reliability,
     draw_scores_over_epochs,
     write_html_report,
@@ -42,8 +45,8 @@ def drawn(monkeypatch):
     """A list to which every Figure is added once it is saved, laid out as in the file."""
     figures, save = [], Figure.savefig
 
-    def saved(figure, path, dpi):
-        save(figure, path, dpi=dpi)
+    def saved(figure, path, dpi, **more):
+        save(figure, path, dpi=dpi, **more)
         figure.set_dpi(dpi)
         figure.draw_without_rendering()
         figures.append(figure)
@@ -453,3 +456,34 @@ def test_parts_stand_in_order(tmp_path):
     assert [base64.b64decode(data) for data in images] == [
         (tmp_path / name).read_bytes() for name in ("one.png", "two.png")
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        (["pro", "contra", "other"], ["2024-01", "2024-02"]),
+        (LONG, ["a"]),
+        ([f"label {number}" for number in range(45)], ["a", "b"]),
+        (["pro $x^2$", "枪 \x1b[2J"], [f"r/{name} {name}" for name in [*LONG, *map(str.upper, LONG)]]),
+    ],
+)
+def test_label_counts(labels, groups, drawn, tmp_path):
+    tally = LabelTally(labels, ["a column"])
+    for label, group in product([*labels, None], groups):
+        reason = None if label else "empty"
+        tally.add({"prediction": label, "probability": 0.5, "reason": reason, "a column": group})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_label_counts(tally.summary(), tmp_path / "counts.png")
+    assert size(tmp_path / "counts.png")[0] == 1350
+    (figure,) = drawn
+    (legend,) = figure.legends
+    boxes = [*legend.get_texts(), *legend.get_patches()]
+    boxes = [*(box.get_window_extent() for box in boxes), *(box for axes in figure.axes for box in upright_boxes(axes))]
+    assert len(boxes) > 3 * len(labels) + len(groups)
+    assert_apart(boxes)
+    assert_inside(figure, boxes)
+    styles = [(patch.get_facecolor(), patch.get_hatch()) for patch in legend.get_patches()]
+    assert len(set(styles)) == len(styles) == len(labels) + 1
+    assert all(max(color[:3]) - min(color[:3]) > 0.05 for color, _ in styles[:-1]), "gray is for rows without a label"
+    assert styles[-1][1], "and hatched"
