@@ -3,6 +3,7 @@
 Used by evaluate.py and predict.py; how models are loaded at all is modeling.py's.
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -10,7 +11,21 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 import modeling
-from command_line import UserError, hub_errors
+from command_line import UserError, hub_errors, not_empty
+
+
+def add_adapter_options(parser):
+    """Add the options that say which adapter a command uses, and whatever base model it may stand on."""
+    parser.add_argument(
+        "--adapters_name",
+        type=not_empty,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="a name under models/, an adapter's folder, or an adapter on the Hub",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
+    )
 
 
 def find_adapter(adapters_name):

@@ -4,7 +4,6 @@ python evaluate.py --adapters_name Llama-2-13b-chat-hf-epoch10
 python evaluate.py --adapters_name smollm2-epoch5 --decoding labels --split validation
 """
 
-import argparse
 import copy
 import json
 import random
@@ -19,13 +18,12 @@ from transformers import GenerationConfig, LogitsProcessor
 import checkpoints
 import modeling
 import processes
-from adapters import find_adapter, load_model, probability_columns
+from adapters import add_adapter_options, find_adapter, load_model, probability_columns
 from baselines import MAJORITY, TFIDF, ZERO_SHOT, majority_class, tfidf_regression
 from checkpoints import read_run
 from command_line import (
     CommandParser,
     UserError,
-    not_empty,
     one_line_errors,
     positive_float,
     positive_int,
@@ -62,13 +60,7 @@ EVALUATED = "evaluated model"  # beside its baselines
 
 def build_parser():
     parser = CommandParser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--adapters_name",
-        required=True,
-        type=not_empty,
-        default=argparse.SUPPRESS,
-        help="a name under models/, an adapter's folder, or an adapter on the Hub",
-    )
+    add_adapter_options(parser)
     parser.add_argument(
         "--decoding",
         nargs="+",
@@ -90,9 +82,6 @@ def build_parser():
         help="compare with the majority class, TF-IDF and logistic regression, and the model without the adapter",
     )
     parser.add_argument("--base_only", action="store_true", help="score the base model without the adapter")
-    parser.add_argument(
-        "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
-    )
     return parser
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 INVALID = -1  # the class index of an output that is no label
 CALIBRATION_BINS = 10
-GROUPS_SHOWN = 20  # of a column; what is rarer is counted together
+GROUPS_SHOWN = 24  # of a column, as many as a day has hours; what is rarer is counted together
 NO_GROUP = "(none)"  # the group of rows without a value
 RESAMPLES = 10_000  # the ends of an interval then move by about 0.002 from one seed to another
 DRAWN_ALONE = 2000  # rows at most, of which each is drawn on its own

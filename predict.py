@@ -10,14 +10,12 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 
 import adapters
@@ -51,12 +49,7 @@ LARGE = 10**8  # bytes of an input that takes a while to look through
 
 def build_parser():
     parser = CommandParser(prog="predict.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--adapters_name",
-        type=not_empty,
-        required=True,
-        help="a name under models/, an adapter's folder, or an adapter on the Hub",
-    )
+    adapters.add_adapter_options(parser)
     parser.add_argument(
         "--input",
         type=not_empty,
@@ -81,9 +74,6 @@ def build_parser():
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace the output, once there is a new one")
     existing.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
-    parser.add_argument(
-        "--force", action="store_true", help="go on although the base model is not the one the adapter was trained on"
-    )
     return parser
 
 
@@ -268,17 +258,24 @@ class Labeller:
     def __init__(self, model, tokenizer, task, max_seq_length, tokens_per_batch):
         self.tokenizer, self.task, self.tokens_per_batch = tokenizer, task, tokens_per_batch
         self.budget = prompt_budget(tokenizer, task, max_seq_length)
-        self.fewest_tokens = fewest_tokens(tokenizer)
         answers = [answer_ids(tokenizer, label) for label in task.labels]
         self.scorer = LabelScorer(model, common_ids(tokenizer, task), answers)
 
     def encode(self, sentences):
         """Return {sentence: prompt ids, or None where it is too long} of a list of sentences."""
         encoded = dict.fromkeys(sentences)
-        short = [sentence for sentence in encoded if self.fewest_tokens(sentence) <= self.budget]
+        short = [sentence for sentence in encoded if not self._far_too_long(sentence)]
         prompts = prompts_ids(self.tokenizer, self.task, short) if short else []
         fitting = zip(short, prompts, strict=True)
         return encoded | {sentence: prompt for sentence, prompt in fitting if len(prompt) <= self.budget}
+
+    def _far_too_long(self, sentence):
+        """Return whether the beginning of a very long text is too long by itself: all of it would take gigabytes.
+
+        Where it is cut a word may give more tokens than whole, but not as many again as fit.
+        """
+        beginning = sentence[: 64 * self.budget]
+        return beginning != sentence and len(self.tokenizer.tokenize(beginning)) > 2 * self.budget
 
     def score(self, encoded, progress=lambda sentences: None):
         """Return {sentence: float32 array (labels,) of log-probabilities} of `encoded`, {sentence: prompt ids}.
@@ -310,61 +307,6 @@ class Labeller:
         if not scores.isfinite().all():
             raise UserError(not_finite("predicting"))
         return scores.numpy()
-
-
-def fewest_tokens(tokenizer):
-    """Return a function that says how many tokens a text has at least, without the time and memory of tokenising it.
-
-    That is its bytes by those of the longest token for BPE that knows bytes; 0 for other tokenizers, where one token
-    may stand for an unknown word of any length, or spaces have none.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend else {"model": {"type": None}}
-    model = parts["model"]
-    if model["type"] != "BPE":
-        return lambda text: 0
-    normalizers = _steps(parts["normalizer"], "normalizers")
-    splits = _steps(parts["pre_tokenizer"], "pretokenizers")
-    fallback, vocabulary, added = model["byte_fallback"], model["vocab"], parts["added_tokens"]
-    names = [f"<0x{byte:02X}>" for byte in range(256)] if fallback else _byte_characters()
-    dropped = bytes(byte for byte, name in enumerate(names) if name not in vocabulary)  # BPE passes over these
-    certain = (
-        (fallback or any(step["type"] == "ByteLevel" for step in splits))
-        and not (dropped and (fallback or model["unk_token"] or normalizers))
-        and all(step["type"] in ("ByteLevel", "Digits", "Metaspace", "Split") for step in splits)
-        and all(step.get("behavior") != "Removed" for step in splits)
-        and not any(token["lstrip"] or token["rstrip"] for token in added)
-    )
-    longest = max(len(token.encode()) for token in [*vocabulary, *(token["content"] for token in added)])
-    longest *= math.prod(map(_shrinking, normalizers))
-    if not certain or longest == math.inf:
-        return lambda text: 0
-    return lambda text: math.ceil(len(text.encode(errors="replace").translate(None, dropped)) / longest)
-
-
-def _byte_characters():
-    """Return the 256 characters that byte-level BPE has for the bytes: printable ones for themselves."""
-    alphabet = sorted(ByteLevel.alphabet())
-    own = {ord(char): char for char in alphabet if ord(char) < 256}
-    others = iter(alphabet[len(own) :])
-    return [own.get(byte) or next(others) for byte in range(256)]
-
-
-def _steps(part, name):
-    """Return the list of steps of a tokenizer's normalizer or pre-tokenizer, which may be one, several or None."""
-    if part is None:
-        return []
-    return [step for each in part[name] for step in _steps(each, name)] if part["type"] == "Sequence" else [part]
-
-
-def _shrinking(step):
-    """Return how many bytes at most become one in a normalizer's step."""
-    if step["type"] == "Prepend":
-        return 1
-    if step["type"] == "Replace" and "String" in step["pattern"]:
-        return 1 if len(step["content"].encode()) >= len(step["pattern"]["String"].encode()) else math.inf
-    # A composed character stands for up to four, and each is at least one byte and was at most four.
-    return 16 if step["type"] == "NFC" else math.inf
 
 
 def default_tokens_per_batch(model):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import modeling
+import train
 
 TOKEN = re.compile("hf_[A-Za-z0-9]{34}")
 REPOSITORY = Path(__file__).parent.parent
@@ -95,6 +96,20 @@ def refused(tmp_path, capfd, monkeypatch):
 def write_json_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def train_on_words(folder, base, *options):
+    """Write words.jsonl, 30 rows for the task sst2, to `folder` and train models/tiny on it there."""
+    records = [
+        {"sentence": f"{word} " * (1 + number % 7) + str(number), "label_text": label}
+        for number in range(15)
+        for word, label in (("good", "positive"), ("bad", "negative"))
+    ]
+    write_json_lines(folder / "words.jsonl", records)
+    data = ["--base_model_name", str(base), "--task", "sst2", "--dataset_name", "words.jsonl"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main([*data, "--adapters_name", "tiny", "--train_batch_size", "8", *options]) == 0
 
 
 @pytest.fixture

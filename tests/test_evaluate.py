@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_json_lines
+from conftest import train_on_words
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer, GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import evaluate
 import modeling
-import train
 from evaluate import RowSampler
 from metrics import classification_metrics, confusion_counts, probability_metrics
 from prompts import answer_ids, build_prompt, load_task
@@ -30,18 +29,8 @@ HOT = "0.9"  # a temperature at which the tiny model gives labels and other thin
 def adapter(tiny_base, tmp_path_factory):
     """A folder with models/tiny, trained until it answers with labels, mostly: 24 rows, some of them long."""
     folder = tmp_path_factory.mktemp("evaluate")
-    records = [
-        {"sentence": f"{word} " * (1 + number % 7) + str(number), "label_text": label}
-        for number in range(15)
-        for word, label in (("good", "positive"), ("bad", "negative"))
-    ]
-    write_json_lines(folder / "words.jsonl", records)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        options = ["--base_model_name", str(tiny_base), "--task", "sst2", "--dataset_name", "words.jsonl"]
-        length = ["--adapters_name", "tiny", "--steps", "60", "--train_batch_size", "8", "--learning_rate", "2e-2"]
-        modules = ["--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
-        assert train.main([*options, *length, *modules]) == 0
+    modules = ["--lora_target_modules", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    train_on_words(folder, tiny_base, "--steps", "60", "--learning_rate", "2e-2", *modules)
     return folder
 
 
