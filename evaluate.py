@@ -342,7 +342,7 @@ def draw_pictures(folder, task, predictions, metrics, counts):
 def evaluate_decoding(model, tokenizer, task, rows, splits, run, args, decoding, advice):
     """Return (predictions DataFrame of all `splits`, settings.json's dict) of one way of decoding."""
     start = time.perf_counter()
-    with modeling.memory_errors(advice), processes.lost_peers():
+    with modeling.memory_errors(advice):
         tables = [evaluate_split(model, tokenizer, task, name, rows[name], run, args, decoding) for name in splits]
     unused = () if decoding == "sample" else ("temperature", "seed")
     settings = {name: value for name, value in vars(args).items() if name not in unused} | {
@@ -379,7 +379,7 @@ def main(argv=None):
         advice = (
             f"a batch has {args.batch_size} rows of up to {run['options']['max_seq_length']} tokens; lower --batch_size"
         )
-        with modeling.memory_errors(advice), processes.lost_peers():
+        with modeling.memory_errors(advice):
             baselines = baseline_systems(model, tokenizer, task, rows, splits, run, args) if args.baselines else {}
         results, folders = {}, []
         for decoding in dict.fromkeys(args.decoding):

@@ -454,8 +454,7 @@ def main(argv=None):
         settings = plan["settings"] | {"tokens_per_batch": tokens}
         processes.first_enters(stack, unfinished.started(settings, resumed=plan["before"] is not None))
         try:
-            with processes.lost_peers():
-                predict(args, labeller, source, plan, unfinished, added)
+            predict(args, labeller, source, plan, unfinished, added)
         except Unlabelled:
             command[:] = [option for option in command if option != "--strict"]  # with it, no run gets past that row
             raise

@@ -22,7 +22,16 @@ PATIENCE = datetime.timedelta(days=1)  # of processes that wait for the first on
 
 @contextlib.contextmanager
 def joined():
-    """Meet the other processes that the launcher has started, and leave them at the end."""
+    """Meet the other processes that the launcher has started, and leave them at the end.
+
+    Raises UserError where they are more than there are GPUs, or are to share one model among them.
+    """
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise UserError(f"{here} processes on a host with {gpus} GPU{'s' if gpus > 1 else ''}; start one for each GPU")
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(f"accelerate is set to {kind}; every process holds the whole model here: pass --multi_gpu")
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if not state.is_main_process:
         disable_progress_bar()
@@ -58,7 +67,8 @@ def on_first(function, *args):
                 raise
             answer[1] = error
     if count() > 1:
-        broadcast_object_list(answer)
+        with lost_peers():
+            broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
@@ -76,7 +86,8 @@ def first_enters(stack, context):
 
 def gathered(value):
     """Return the list of what `value` is in each of the processes, in all of them."""
-    return gather_object([value])
+    with lost_peers():
+        return gather_object([value])
 
 
 def own_share(items):
@@ -114,10 +125,16 @@ def saying_how_to_resume(program, argv, kept):
     except (KeyboardInterrupt, CutOff) as error:
         message = str(error) or "interrupted"
         if what := kept():
-            launcher = ["accelerate", "launch", "--num_processes", str(count())] if count() > 1 else ["python"]
-            options = [option for option in argv if option not in ("--overwrite", "--resume")]
-            message += f"; kept: {what}; to go on: {shlex.join([*launcher, program, *options, '--resume'])}"
+            message += f"; kept: {what}; to go on: {_command_to_resume(program, argv)}"
         raise type(error)(message) from error
+
+
+def _command_to_resume(program, argv):
+    options = [option for option in argv if option not in ("--overwrite", "--resume")]
+    if count() > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return "start it on all hosts as before, with --resume"
+    launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(count())] if count() > 1 else ["python"]
+    return shlex.join([*launcher, program, *options, "--resume"])
 
 
 @contextlib.contextmanager

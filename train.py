@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -251,6 +252,8 @@ def training_config(args, output_dir, quiet=False):
         every = math.ceil(args.steps / 10)
         interval = {"eval_strategy": "steps", "eval_steps": every, "logging_strategy": "steps", "logging_steps": every}
     dtype = modeling.compute_dtype()
+    # accelerate's launcher and its configuration file set these, and would have the last word.
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
     config = SFTConfig(
         output_dir=str(output_dir),
         **({"max_steps": args.steps} if by_step else {"num_train_epochs": args.epoch}),

@@ -78,8 +78,8 @@ def finished(process):
     return code, Path("output.txt").read_text().split("ChildFailedError")[0]
 
 
-def run(processes, program, *options):
-    code, printed = finished(launch(processes, program, *options))
+def run(processes, program, *options, launcher=()):
+    code, printed = finished(launch(processes, program, *options, launcher=launcher))
     assert code == 0, printed
     return printed
 
@@ -95,8 +95,9 @@ def trained(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert train.main([*TRAIN, "--lora_dropout", "0", "--adapters_name", "one"]) == 0
-        for number, name in ((2, "two"), (3, "three")):
-            printed[number] = run(number, "train.py", *TRAIN, "--lora_dropout", "0", "--adapters_name", name)
+        for number, name, precision in ((2, "two", "no"), (3, "three", "bf16")):
+            options = [*TRAIN, "--lora_dropout", "0", "--adapters_name", name]
+            printed[number] = run(number, "train.py", *options, launcher=["--mixed_precision", precision])
     return printed
 
 
@@ -233,10 +234,49 @@ def test_the_trouble_of_one_process_ends_all_and_the_run_can_go_on(trained, what
     assert code != 0
     assert printed.count("error: ") == 1 and said in printed, printed
     kept = re.search(r"kept: models/stumbled/checkpoints/checkpoint-(\d); to go on: (.*) train.py (.*)\n", printed)
-    assert kept[2] == "accelerate launch --num_processes 2" and kept[3].endswith("--adapters_name stumbled --resume")
+    assert kept[2] == "accelerate launch --multi_gpu --num_processes 2" and kept[3].endswith(
+        "--adapters_name stumbled --resume"
+    )
     run(2, "train.py", *kept[3].split())
     for key, weight in weights("stumbled").items():
         torch.testing.assert_close(weight, weights("two")[key], rtol=0, atol=1e-4)
+
+
+LOAD = """
+import os, sys
+import modeling, train
+load = modeling.load_base_model
+def full(*options):
+    if os.environ["RANK"] == "{rank}":
+        with modeling.memory_errors("take a smaller model"):
+            raise MemoryError
+    return load(*options)
+modeling.load_base_model = full
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_trouble_before_training_is_said_in_a_line_too(trained, rank):
+    Path("load.py").write_text(LOAD.format(rank=rank))
+    options = [*TRAIN, "--adapters_name", "loaded"]
+    code, printed = finished(launch(2, Path("load.py").resolve(), *options, PYTHONPATH=str(REPOSITORY)))
+    Path("load.py").unlink()
+    assert code != 0
+    assert "train.py: error: out of memory: take a smaller model" in printed
+    assert "RuntimeError" not in printed and not Path("models/loaded").exists()
+
+
+def test_what_several_processes_cannot_do_is_refused(refused, monkeypatch):
+    options = ["--adapters_name", "one"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert refused(evaluate.main, *options).endswith(
+        "accelerate is set to FSDP; every process holds the whole model here: pass --multi_gpu"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is no GPU to try it with
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refused(evaluate.main, *options).endswith("4 processes on a host with 2 GPUs; start one for each GPU")
 
 
 def test_cross_validation_refuses_several_processes(refused, monkeypatch):
