@@ -142,9 +142,10 @@ def lost_peers():
     """Turn the end of another process, on which this one waited, into a CutOff."""
     try:
         yield
-    except RuntimeError as error:  # of which torch's own kinds are, where there are any
-        lost = isinstance(error, torch.distributed.DistError)
-        lost = lost or any(text in str(error) for text in ("gloo", "Connection closed by peer", "Connection reset"))
-        if count() == 1 or not lost:
+    except RuntimeError as error:  # gloo has no kind of its own
+        texts = ("gloo", "Connection closed by peer", "Connection reset")
+        if count() == 1 or not (
+            isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in texts)
+        ):
             raise
         raise CutOff("another process of this run has ended, so this one cannot go on") from error
