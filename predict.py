@@ -391,7 +391,7 @@ def print_summary(summary, unfinished):
     say(f"{summary['rows']} rows, {summary['labelled']} with a label:")
     for label, numbers in summary["labels"].items():
         mean = "" if numbers["mean_probability"] is None else f", mean probability {numbers['mean_probability']:.3f}"
-        say(f"  {label}: {numbers['rows']} ({numbers['share']:.1%}){mean}")
+        say(f"  {label}: {numbers['rows']} ({numbers['share']:.1%} of these){mean}")
     for reason, rows in summary["unlabelled"].items():
         say(f"  without a label, {reason}: {rows}")
     for column, lines in summary["by"].items():

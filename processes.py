@@ -36,6 +36,8 @@ def joined():
     if not state.is_main_process:
         disable_progress_bar()
         warnings.simplefilter("ignore")
+    if state.num_processes > 1:
+        print(f"{state.num_processes} processes")
     yield
     PartialState().destroy_process_group()  # not after an error: it would wait for the others
 

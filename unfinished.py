@@ -44,7 +44,8 @@ class Unfinished:
             raise UserError(f"--output {self.output}: a run that writes {what} is not finished; {advice}")
         for path in (self.output, self.summary, self.picture):
             if path.exists():
-                raise UserError(f"{path}: exists; pass --overwrite to replace it, or name another --output")
+                what = "exists" if path == self.output or self.output.exists() else "exists, of another output so named"
+                raise UserError(f"{path}: {what}; pass --overwrite to replace it, or name another --output")
 
     def pieces(self):
         """Return the paths of the pieces that are there, in order, without a gap."""

@@ -3,6 +3,7 @@
 model="--shape llama-2-13b --tokenizer FOLDER --data FILE --work FOLDER"
 for n in 1 2 4; do accelerate launch --num_processes $n benchmarks/several_gpus.py $model; done
 
+Labelling is timed with the adapter as training has it, in float32; predict.py loads it in bfloat16, which is faster.
 Each run adds its numbers to the result's file and prints the table of all that are in it; the first one, with one GPU,
 begins it anew. A batch has so many rows in all, whatever the number of GPUs. Two CPU processes, to try it:
 accelerate launch --multi_gpu --num_processes 2 benchmarks/several_gpus.py --model smollm2 --data FILE ...

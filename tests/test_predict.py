@@ -862,7 +862,7 @@ def test_an_output_is_replaced_only_if_asked_and_only_once_there_is_another(work
     assert "labels.jsonl: exists; pass --overwrite to replace it, or name another --output" in line
     for more in ([], ["--resume"]):
         line = refused(predict.main, *options("long.jsonl", "labels.csv", *more))
-        assert "labels.summary.json: exists; pass --overwrite to replace it, or name another --output" in line
+        assert "labels.summary.json: exists, of another output so named; pass --overwrite to replace it, or" in line
     shutil.copyfile("labels.jsonl", "labels.csv")
     line = refused(predict.main, *options("short.jsonl", "labels.csv", "--resume"))
     assert "--output: was labels.jsonl when the run was started and is labels.csv now" in line

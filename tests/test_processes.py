@@ -118,6 +118,7 @@ def test_the_first_process_alone_prints_and_writes(trained):
     assert {path.name for path in Path("models/two/checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}
     assert not Path("models/two/checkpoints/run.json").exists()
     assert {path.name for path in Path().iterdir()} == {"films.jsonl", "models", "output.txt", "tiny-llama"}
+    assert trained[2].count("2 processes\n") == 1
     assert trained[2].count("train: 27 rows, 0 cut") == trained[2].count("Adapter (after step 6 of 6)") == 1
     run_json = json.loads(Path("models/two/run.json").read_text())
     assert run_json["processes"] == 2
