@@ -133,6 +133,12 @@ def newest_checkpoint(folder):
     return whole[-1]
 
 
+def newest_kept(folder):
+    """Return the path of the newest whole checkpoint in words, empty ones where there is none."""
+    whole, _ = find_checkpoints(folder)
+    return str(whole[-1]) if whole else ""
+
+
 def step_of(path):
     """Return the step in a checkpoint's name, -1 where it has none."""
     number = re.search(r"\d+", path.name)

@@ -1,6 +1,6 @@
 """What every command in this folder shares: errors of one line with exit code 2, and files that are whole or not there.
 
-Used by train.py, evaluate.py and merge_labels.py; nothing here knows about models or data.
+Used by all of them; nothing here knows about models or data.
 """
 
 import argparse
@@ -29,7 +29,12 @@ class UserError(Exception):
 
 
 class CutOff(UserError):
-    """A UserError that is about the machine, such as a full disk: the same run can go on once that is put right."""
+    """A UserError that is about the machine, such as a full disk: the same run can go on once that is put right.
+
+    It then goes on without the options `leave_out`.
+    """
+
+    leave_out = ()
 
 
 class Terminated(KeyboardInterrupt):
@@ -97,8 +102,12 @@ def _let_the_first_speak():
 
 def _one_line(message):
     """Return a message without line breaks and with control characters as escapes: a terminal would obey them."""
-    text = " ".join(str(message).split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return printable(" ".join(str(message).split()))
+
+
+def printable(text):
+    """Return `text` with characters that a terminal would obey, line breaks too, as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 @contextlib.contextmanager

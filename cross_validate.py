@@ -372,7 +372,7 @@ def main(argv=None):
     print(f"{len(rows)} rows, {cut} cut to {args.max_seq_length} tokens", *notes, *more_notes, sep="\n")
     locked = checkpoints.locked(folder, args.resume, args.overwrite)
     command = sys.argv[1:] if argv is None else argv
-    kept = functools.partial(train.newest_kept, folder)
+    kept = functools.partial(checkpoints.newest_kept, folder)
     with locked, processes.saying_how_to_resume("cross_validate.py", command, kept):
         run, scores, zero_shot = run_folds(args, task, rows, folds, tokenizer, encoded, folder)
         if scores is not None:

@@ -12,7 +12,6 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
 import checkpoints
@@ -53,7 +52,7 @@ from reports import (
     write_html_report,
 )
 from rows import read_splits
-from shared_prefix import label_log_probs, not_finite, prefix_cache
+from shared_prefix import by_batches, label_log_probs, not_finite, prefix_cache
 
 EVALUATED = "evaluated model"  # beside its baselines
 
@@ -139,29 +138,20 @@ def generate_outputs(model, tokenizer, prompts, *, max_new_tokens, batch_size, s
         use_cache=True,
     )
     prefix, length = prefix_cache(model, prompts)
-    order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    outputs = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=description, unit="row", disable=not processes.is_first()) as progress:
 
-        def generate(positions):
-            batch = pad_behind([prompts[position] for position in positions], length, tokenizer.pad_token_id)
-            cache = copy.deepcopy(prefix)
-            cache.batch_repeat_interleave(len(positions))
-            ids = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in batch.items()},
-                past_key_values=cache,
-                generation_config=config,
-                logits_processor=[refuse_nan, *([sampler(positions)] if sampler else [])],
-            )
-            progress.update(len(positions))
-            return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    def generate(positions):
+        batch = pad_behind([prompts[position] for position in positions], length, tokenizer.pad_token_id)
+        cache = copy.deepcopy(prefix)
+        cache.batch_repeat_interleave(len(positions))
+        ids = model.generate(
+            **{name: tensor.to(model.device) for name, tensor in batch.items()},
+            past_key_values=cache,
+            generation_config=config,
+            logits_processor=[refuse_nan, *([sampler(positions)] if sampler else [])],
+        )
+        return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
-        for positions, texts in zip(batches, processes.share_out(batches, generate), strict=True):
-            for position, text in zip(positions, texts, strict=True):
-                outputs[position] = text
-        progress.update(len(prompts) - progress.n)
-    return outputs
+    return by_batches(prompts, batch_size, generate, description)
 
 
 def pad_behind(prompts, length, pad_token_id):

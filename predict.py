@@ -30,11 +30,12 @@ from command_line import (
     number,
     one_line_errors,
     positive_int,
+    printable,
     replacing,
 )
 from metrics import LabelTally, label_probabilities, predicted_labels
 from prompts import answer_ids, common_ids, prompt_budget, prompts_ids, read_published_text, task_from_fields
-from reports import draw_label_counts, group_table, printable
+from reports import draw_label_counts, group_table
 from rows import SENTENCE_COLUMNS, first_ten
 from shared_prefix import LabelScorer, not_finite
 from table_files import CHANGED, SPLIT, ColumnTypes, Source, check_format, piece_ending, write_table
@@ -154,7 +155,8 @@ def scan(source, args, added):
         say(f"Checking {source.name}")
     source.remember()
     types = ColumnTypes() if piece_ending(args.output) == ".parquet" else None
-    if types and source.is_parquet():
+    by_values = types and not source.is_parquet()
+    if types and not by_values:
         for file in source.files:
             types.add_file(file)
     columns, rows = {}, 0
@@ -163,7 +165,7 @@ def scan(source, args, added):
             sentence_of(place, record, text_column, args.strict)
             columns |= dict.fromkeys(record)
         rows += len(window)
-        if types and not source.is_parquet():
+        if by_values:
             types.add(window)
     check_columns(columns, added, args.by, source.name)
     if types and types.widened:
@@ -249,7 +251,9 @@ def check_places(source, unfinished):
 
 
 class Unlabelled(CutOff):
-    """What --strict says of a row that is found only when its window is labelled."""
+    """What --strict says of a row found only when its window is labelled; with it, no run gets past that row."""
+
+    leave_out = ("--strict",)
 
 
 class Labeller:
@@ -439,7 +443,7 @@ def main(argv=None):
         added = added_columns(task, args.probabilities)
         processes.first_enters(stack, held(unfinished.folder, "name another --output"))
         processes.on_first(unfinished.check, args.resume, args.overwrite)
-        command, kept = list(sys.argv[1:] if argv is None else argv), functools.partial(windows_kept, unfinished)
+        command, kept = sys.argv[1:] if argv is None else argv, functools.partial(windows_kept, unfinished)
         stack.enter_context(processes.saying_how_to_resume("predict.py", command, kept))
         fingerprint = adapters.fingerprint(folder, run)
         plan = processes.on_first(make_plan, args, source, task, fingerprint, unfinished, added)
@@ -453,11 +457,7 @@ def main(argv=None):
         labeller = Labeller(model, tokenizer, task, run["options"]["max_seq_length"], tokens)
         settings = plan["settings"] | {"tokens_per_batch": tokens}
         processes.first_enters(stack, unfinished.started(settings, resumed=plan["before"] is not None))
-        try:
-            predict(args, labeller, source, plan, unfinished, added)
-        except Unlabelled:
-            command[:] = [option for option in command if option != "--strict"]  # with it, no run gets past that row
-            raise
+        predict(args, labeller, source, plan, unfinished, added)
         summary = processes.on_first(finish, unfinished, task, args, settings, added, plan["rows"])
         print_summary(summary, unfinished)
 

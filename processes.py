@@ -77,13 +77,15 @@ def on_first(function, *args):
 
 
 def first_enters(stack, context):
-    """Enter the context manager `context` on the ExitStack `stack` in the first process alone; return its value there.
+    """Enter the context manager `context` on the ExitStack `stack` in the first process alone.
 
     An error on entering it is one in all processes.
     """
-    entered = []
-    on_first(lambda: entered.append(stack.enter_context(context)))
-    return entered[0] if entered else None
+
+    def enter():
+        stack.enter_context(context)
+
+    on_first(enter)
 
 
 def gathered(value):
@@ -127,12 +129,13 @@ def saying_how_to_resume(program, argv, kept):
     except (KeyboardInterrupt, CutOff) as error:
         message = str(error) or "interrupted"
         if what := kept():
-            message += f"; kept: {what}; to go on: {_command_to_resume(program, argv)}"
+            message += f"; kept: {what}; to go on: {_command_to_resume(program, argv, error)}"
         raise type(error)(message) from error
 
 
-def _command_to_resume(program, argv):
-    options = [option for option in argv if option not in ("--overwrite", "--resume")]
+def _command_to_resume(program, argv, error):
+    left_out = ("--overwrite", "--resume", *getattr(error, "leave_out", ()))
+    options = [option for option in argv if option not in left_out]
     if count() > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         return "start it on all hosts as before, with --resume"
     launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(count())] if count() > 1 else ["python"]

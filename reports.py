@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from command_line import printable
 from metrics import CALIBRATION_BINS
 
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -269,11 +270,6 @@ def group_table(lines, column):
         for line in lines
     ]
     return pd.DataFrame(rows, columns=list(map(printable, heads)))
-
-
-def printable(text):
-    """Return `text` with characters that a terminal would obey, line breaks too, as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 def _wrapped(text, width):

@@ -240,6 +240,30 @@ class LabelScorer:
         return prompt[: len(self.prefix)] == self.prefix
 
 
+def by_batches(prompts, batch_size, work, description=None, leave=True):
+    """Return a list of what `work(rows)`, called with the places of a batch's prompts, returns for each prompt.
+
+    Batches of `batch_size` hold prompts (lists of ids) of like length, the longest first; several processes share the
+    batches. A progress bar shows `description`, and stays as `leave` says.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    hidden = description is None or not processes.is_first()
+    results = [None] * len(prompts)
+    with tqdm(total=len(prompts), desc=description, unit="row", leave=leave, disable=hidden) as progress:
+
+        def counted(rows):
+            done = work(rows)
+            progress.update(len(rows))
+            return done
+
+        for rows, of_batch in zip(batches, processes.share_out(batches, counted), strict=True):
+            for row, result in zip(rows, of_batch, strict=True):
+                results[row] = result
+        progress.update(len(prompts) - progress.n)  # the other processes' rows
+    return results
+
+
 def label_log_probs(model, prompts, answers, *, batch_size, description=None):
     """Return a float32 tensor (rows, answers) with log P(answer | prompt) in nats, EOS included, on the CPU.
 
@@ -247,20 +271,12 @@ def label_log_probs(model, prompts, answers, *, batch_size, description=None):
     once, and each batch of `batch_size` rows in one forward over its LabelTree; several processes share the batches. A
     progress bar shows `description`. Raises UserError where the model gives a row NaN or an infinite number.
     """
-    scores = torch.empty(len(prompts), len(answers))
     scorer = LabelScorer(model, prompts[0][: common_length(prompts)], answers)
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    hidden = description is None or not processes.is_first()
-    with tqdm(total=len(prompts), desc=description, unit="row", leave=None, disable=hidden) as progress:
 
-        def score(rows):
-            progress.update(len(rows))
-            return scorer.score([prompts[row] for row in rows])
+    def score(rows):
+        return scorer.score([prompts[row] for row in rows])
 
-        for rows, of_batch in zip(batches, processes.share_out(batches, score), strict=True):
-            scores[rows] = of_batch
-        progress.update(len(prompts) - progress.n)
+    scores = torch.stack(by_batches(prompts, batch_size, score, description, leave=None))
     bad = (~scores.isfinite()).any(dim=1)
     if bad.any():
         raise UserError(not_finite(f"{int(bad.sum())} of {len(bad)} rows, first row {int(bad.nonzero()[0])}"))

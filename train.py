@@ -5,6 +5,7 @@ python train.py --base_model_name smollm2 --task mytask.json --dataset_name comm
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import json
@@ -463,12 +464,6 @@ def run_training(args, task, splits, tokenizer, encoded, folder):
     return run
 
 
-def newest_kept(folder):
-    """Return the path of the newest whole checkpoint in words, empty ones where there is none."""
-    whole, _ = checkpoints.find_checkpoints(folder)
-    return str(whole[-1]) if whole else ""
-
-
 @one_line_errors
 def main(argv=None):
     args, task = parse_args(argv)
@@ -483,7 +478,9 @@ def main(argv=None):
         with ExitStack() as stack:
             processes.first_enters(stack, checkpoints.locked(folder, args.resume, args.overwrite))
             command = sys.argv[1:] if argv is None else argv
-            stack.enter_context(processes.saying_how_to_resume("train.py", command, lambda: newest_kept(folder)))
+            stack.enter_context(
+                processes.saying_how_to_resume("train.py", command, functools.partial(checkpoints.newest_kept, folder))
+            )
             run = run_training(args, task, splits, tokenizer, encoded, folder)
         if args.push_to_hub:
             processes.on_first(push_to_hub, folder, args.push_to_hub)
